@@ -1,0 +1,263 @@
+#include "autograd.h"
+
+#include <ATen/SequenceNumber.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/where.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "gate.h"
+#include "launch.h"
+
+namespace relu_ext {
+namespace {
+
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+using Outputs = std::tuple<Tensor, Tensor>;  // output, bits
+
+// torch 2.11 and 2.12 hold nodes in a std::shared_ptr and free them with deleteNode, 2.13 in a c10::intrusive_ptr.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <class T, class... Args>
+std::pair<NodePtr, T*> make_node(Args&&... args) {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
+    T* const raw = new T(std::forward<Args>(args)...);
+    return {NodePtr(raw, [](auto* node) { deleteNode(node); }), raw};
+  } else {
+    auto node = c10::make_intrusive<T>(std::forward<Args>(args)...);
+    T* const raw = node.get();
+    return {NodePtr(std::move(node)), raw};
+  }
+}
+
+// The registered operators, through the dispatcher.
+struct Registered {
+  c10::TypedOperatorHandle<Outputs(const Tensor&)> forward;
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef)> backward;
+
+  explicit Registered(const Operation& operation)
+      : forward(find(operation, "_forward").typed<Outputs(const Tensor&)>()),
+        backward(find(operation, "_backward").typed<Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef)>()) {}
+
+  static c10::OperatorHandle find(const Operation& operation, const char* suffix) {
+    const auto name = std::string("relu_ext::") + operation.name + suffix;
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+  }
+};
+
+const Registered& registered(const Operation& operation) {
+  static const std::vector<Registered> rows(operations.begin(), operations.end());
+  return rows[&operation - operations.data()];
+}
+
+// The same function of grad as ATen calls, for gradients that the kernels do not take: PyTorch then batches,
+// differentiates or traces them itself.
+Tensor gradient_definition(const Operation&, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  const Tensor position = at::arange(8, bits.options());
+  const Tensor keep = bits.unsqueeze(1).__rshift__(position).__and__(1).to(at::kBool).flatten();
+  return at::where(keep.as_strided_symint(grad.sym_sizes(), stride), grad, 0);
+}
+
+Tensor gradient(const Operation&, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride);
+
+// Saves the bits of one activation and the strides that they follow; gives the input's gradient.
+struct BitsBackward final : Node {
+  BitsBackward(const Operation& operation, c10::SymIntArrayRef stride)
+      : operation_(&operation), stride_(stride.begin(), stride.end()) {}
+
+  std::string name() const override { return operation_->backward; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list inputs(1);
+    if (grads[0].defined() && task_should_compute_output(0))
+      inputs[0] = gradient(*operation_, grads[0], bits_.unpack(), stride_);
+    return inputs;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bits_.reset_data();
+  }
+
+  // Compiled autograd: what the graph depends on, and the same gradient as a function of tensors that it can trace.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(bits_, /*is_output=*/false);
+    args.collect(c10::SymIntArrayRef(stride_));
+  }
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override;
+
+  const Operation* operation_;
+  c10::SymDimVector stride_;
+  SavedVariable bits_;
+};
+
+variable_list BitsBackward::apply_with_saved(const variable_list& grads,
+                                             torch::dynamo::autograd::SwapSavedVariables& saved) {
+  namespace compiled = torch::dynamo::autograd;
+  using Stride = std::vector<c10::SymInt>;
+
+  const auto traced = [operation = operation_](const variable_list& grads, const std::vector<c10::IValue>& packed) {
+    compiled::PackedArgs args(packed);
+    const auto bits = args.unpack<Tensor>();
+    const auto stride = args.unpack<Stride>();
+    const auto needed = args.unpack<bool>();
+    variable_list inputs(1);
+    if (needed && grads[0].defined()) inputs[0] = gradient(*operation, grads[0], bits, stride);
+    return inputs;
+  };
+
+  saved.before(bits_);
+  saved.before(stride_);
+  compiled::PackedArgs packed;
+  packed.pack(bits_.unpack());
+  packed.pack(Stride(stride_.begin(), stride_.end()));
+  packed.pack(task_should_compute_output(0));
+  const std::vector<at::TypePtr> schema{at::TensorType::get(), compiled::IValuePacker<Stride>::packed_type(),
+                                        at::BoolType::get()};
+  const auto metadata = compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+      compiled::get_input_metadata(next_edges()));
+  const auto& compiler = compiled::getPyCompilerInterface();
+  const auto bound = compiler->bind_function(saved.get_py_compiler(), name(), traced, schema,
+                                             /*is_custom_function=*/true, /*is_traceable=*/true);
+  auto inputs = compiler->call_function(saved.get_py_compiler(), "apply_functional", bound, grads,
+                                        std::move(packed).vec(), metadata);
+  saved.after(bits_);
+  saved.after(stride_);
+  return inputs;
+}
+
+// A node between `input` and what is about to be computed from it.
+std::pair<NodePtr, BitsBackward*> node_after(const Operation& operation, const Tensor& input,
+                                             c10::SymIntArrayRef stride) {
+  auto made = make_node<BitsBackward>(operation, stride);
+  made.first->add_next_edge(torch::autograd::impl::gradient_edge(input));
+  return made;
+}
+
+// launch(input) -> output, bits: with the node that remembers the bits.
+template <class Launch>
+Outputs forward_with_history(const Operation& operation, const Tensor& input, Launch launch) {
+  Outputs outputs = launch(operation, input);
+  auto& [output, bits] = outputs;
+  const auto [node, raw] = node_after(operation, input, output.sym_strides());
+  torch::autograd::set_history(output, node);
+  raw->bits_ = SavedVariable(bits, /*is_output=*/false);
+  return outputs;
+}
+
+// launch(grad, bits, stride) -> gradient. It is linear in grad and so its own derivative: the same node again.
+template <class Stride, class Launch>
+Tensor gradient_with_history(const Operation& operation, const Tensor& grad, const Tensor& bits, Stride stride,
+                             Launch launch) {
+  Tensor result = launch(operation, grad, bits, stride);
+  const auto [node, raw] = node_after(operation, grad, result.sym_strides());
+  torch::autograd::set_history(result, node);
+  raw->bits_ = SavedVariable(bits, /*is_output=*/false);
+  return result;
+}
+
+Tensor gradient(const Operation& operation, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  const auto keys = effective_keys(grad);
+  const Road taken = road(grad, keys);
+  if (taken == Road::definition || effective_keys(bits) - keys::ours != keys - keys::ours)
+    return gradient_definition(operation, grad, bits, stride);
+  if (taken == Road::operators) return registered(operation).backward.call(grad, bits, stride);
+  RECORD_FUNCTION(operation.recorded_back, std::vector<c10::IValue>({grad, bits}));
+  const auto concrete = C10_AS_INTARRAYREF_SLOW(stride);
+  if (!records_history(grad, keys)) return launch::backward(operation, grad, bits, concrete);
+  return gradient_with_history(operation, grad, bits, concrete, launch::backward);
+}
+
+template <class Call>
+auto below_autograd(Call call) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call();
+}
+
+void check_no_forward_grad(const Operation& operation, const Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(),
+                              "relu_ext: the operators have no forward-mode "
+                              "derivative; call relu_ext.",
+                              operation.name, "(), which has one");
+}
+
+}  // namespace
+
+std::optional<Tensor> apply(const Operation& operation, const Tensor& input) {
+  const auto keys = effective_keys(input);
+  const Road taken = road(input, keys);
+  if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return std::nullopt;
+  const bool records = records_history(input, keys);
+  // What is kept for backward must not depend on modes; without history nothing is kept, and the definition serves.
+  if (taken == Road::operators) {
+    if (!records) return std::nullopt;
+    return std::get<0>(registered(operation).forward.call(input));
+  }
+  RECORD_FUNCTION(operation.recorded, std::vector<c10::IValue>({input}),
+                  records ? int64_t(at::sequence_number::peek()) : -1);
+  if (!records) return launch::forward(operation, input);
+  return std::get<0>(forward_with_history(operation, input, launch::forward_bits));
+}
+
+bool apply_(const Operation& operation, const Tensor& input) {
+  const auto keys = effective_keys(input);
+  const Road taken = road(input, keys);
+  if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return false;
+  const bool records = records_history(input, keys);
+  if (taken == Road::operators && !records) return false;
+  torch::autograd::check_inplace(input, records);
+  RECORD_FUNCTION(operation.recorded_, std::vector<c10::IValue>({input}),
+                  records ? int64_t(at::sequence_number::peek()) : -1);
+  if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
+  if (!records) {
+    launch::forward_(operation, input);
+    return true;
+  }
+  const auto [node, raw] = node_after(operation, input, input.sym_strides());
+  const Tensor bits = taken == Road::kernel ? launch::forward_bits_(operation, input) : below_autograd([&] {
+    auto [output, bits] = registered(operation).forward.call(input);
+    input.copy_(output);
+    return bits;
+  });
+  torch::autograd::rebase_history(input, node);
+  raw->bits_ = SavedVariable(bits, /*is_output=*/false);
+  return true;
+}
+
+Outputs operator_forward(const Operation& operation, const Tensor& input) {
+  check_no_forward_grad(operation, input);
+  const auto launch = [](const Operation& operation, const Tensor& input) {
+    return below_autograd([&] { return registered(operation).forward.call(input); });
+  };
+  if (!records_history(input, effective_keys(input))) return launch(operation, input);
+  return forward_with_history(operation, input, launch);
+}
+
+Tensor operator_backward(const Operation& operation, const Tensor& grad, const Tensor& bits,
+                         c10::SymIntArrayRef stride) {
+  check_no_forward_grad(operation, grad);
+  const auto launch = [](const Operation& operation, const Tensor& grad, const Tensor& bits,
+                         c10::SymIntArrayRef stride) {
+    return below_autograd([&] { return registered(operation).backward.call(grad, bits, stride); });
+  };
+  if (!records_history(grad, effective_keys(grad))) return launch(operation, grad, bits, stride);
+  return gradient_with_history(operation, grad, bits, stride, launch);
+}
+
+}  // namespace relu_ext

@@ -1,0 +1,77 @@
+// The gate: which road a tensor takes. Decided from the dispatcher's own key computation, so whatever PyTorch does to a
+// call (subclasses, functorch, tracing, quantisation, ...) is seen here as a key that does not belong, and left to
+// PyTorch.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace relu_ext {
+
+enum class Road {
+  kernel,      // plain: the kernels, called directly
+  operators,   // plain but for dispatch modes that watch: the registered operators, so that the modes see them
+  definition,  // all else: the line of ATen that defines the operation
+};
+
+inline std::optional<Dtype> dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Dtype::float32;
+    case at::kDouble: return Dtype::float64;
+    case at::kHalf: return Dtype::float16;
+    case at::kBFloat16: return Dtype::bfloat16;
+    default: return std::nullopt;
+  }
+}
+
+// The keys that c10::Dispatcher would find for a call with this tensor in this thread.
+inline c10::DispatchKeySet effective_keys(const at::Tensor& tensor) {
+  const auto thread = c10::impl::tls_local_dispatch_key_set();
+  return (tensor.key_set() | thread.included_) - thread.excluded_;
+}
+
+namespace keys {
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+// Autograd is ours to honour (records_history, bumps_version). Autocast: relu has no rule for it in PyTorch either.
+inline constexpr DispatchKeySet ours({DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect,
+                                      DispatchKey::AutogradFunctionality, DispatchKey::AutocastCPU,
+                                      DispatchKey::AutocastCUDA});
+inline constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot});
+inline constexpr DispatchKeySet autograd(DispatchKey::AutogradFunctionality);
+inline constexpr DispatchKeySet inplace(DispatchKey::ADInplaceOrView);
+inline constexpr DispatchKeySet dense_cpu(DispatchKey::CPU);
+}  // namespace keys
+
+// Modes that trace (fake, proxy, functional) have a slot of their own in PyTorch; all others only watch.
+inline bool modes_only_watch() {
+  using c10::impl::TorchDispatchModeKey;
+  using c10::impl::TorchDispatchModeTLS;
+  for (int key = 0; key < int(TorchDispatchModeKey::NUM_MODE_KEYS); ++key)
+    if (TorchDispatchModeTLS::get_mode(TorchDispatchModeKey(key))) return false;
+  return true;
+}
+
+// For a tensor whose effective keys these are. The memory's layout is the caller's question.
+inline Road road(const at::Tensor& tensor, c10::DispatchKeySet effective) {
+  const auto rest = effective - keys::ours;
+  if (rest != keys::dense_cpu &&
+      (rest - keys::modes != keys::dense_cpu || tensor.key_set().has(c10::DispatchKey::Python) || !modes_only_watch()))
+    return Road::definition;
+  if (!dtype_of(tensor)) return Road::definition;
+  if (tensor._fw_grad(/*level=*/0).defined()) return Road::definition;  // a dual tensor has no key of its own
+  return rest == keys::dense_cpu ? Road::kernel : Road::operators;
+}
+
+// Does PyTorch record a call with this tensor in the autograd graph?
+inline bool records_history(const at::Tensor& tensor, c10::DispatchKeySet effective) {
+  return effective.has_any(keys::autograd) && c10::GradMode::is_enabled() && tensor.requires_grad();
+}
+
+}  // namespace relu_ext

@@ -1,0 +1,49 @@
+// What a backend offers to the torch-facing code: plain pointers, no torch.
+//
+// The bits. Bit i % 8 of byte i / 8 belongs to element i in memory order (numpy.packbits(bitorder="little")): 1 where
+// the activation keeps its input. n elements have (n + 7) / 8 bytes; the spare bits of the last one are 0. The same on
+// every backend. A worker owns multiples of 8 elements, so each byte has one writer.
+#pragma once
+#include <cstdint>
+
+namespace relu_ext {
+
+enum class Dtype : uint8_t { float32, float64, float16, bfloat16 };
+
+// One name per struct of activations.h.
+enum class Activation : uint8_t { relu };
+
+// output[i] = act(input[i]), and its bit where bits is not null. output may be input itself, else they don't overlap.
+struct Forward {
+  Activation activation;
+  Dtype dtype;
+  const void* input;
+  void* output;
+  uint8_t* bits;
+};
+
+// output[i] = the gradient that grad[i] and bit i give. output may be grad itself, else they don't overlap.
+struct Backward {
+  Activation activation;
+  Dtype dtype;
+  const void* grad;
+  const uint8_t* bits;
+  void* output;
+};
+
+constexpr int64_t bytes_of_bits(int64_t numel) { return numel / 8 + (numel % 8 != 0); }
+
+namespace cpu {
+
+// Ranges start at a multiple of this many elements, so that two workers never share a byte of bits or a vector.
+constexpr int64_t alignment = 64;
+
+// Elements begin to end - 1, on the calling thread.
+void forward(const Forward&, int64_t begin, int64_t end);
+void backward(const Backward&, int64_t begin, int64_t end);
+
+// Tells the system that these bytes, not touched so far, are about to be written.
+void expect_writes(void* memory, int64_t bytes);
+
+}  // namespace cpu
+}  // namespace relu_ext

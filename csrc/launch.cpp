@@ -1,0 +1,129 @@
+#include "launch.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "gate.h"
+
+namespace relu_ext::launch {
+namespace {
+
+using at::Tensor;
+
+Dtype checked_dtype(const Tensor& tensor) {
+  const auto dtype = dtype_of(tensor);
+  TORCH_CHECK_TYPE(dtype, "relu_ext: expected float32, float64, float16 or bfloat16, got ", tensor.scalar_type());
+  return *dtype;
+}
+
+Tensor expecting_writes(Tensor output) {
+  cpu::expect_writes(output.mutable_data_ptr(), int64_t(output.nbytes()));
+  return output;
+}
+
+// Uninitialised.
+Tensor allocate(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  return expecting_writes(at::detail::empty_strided_cpu(sizes, strides, dtype));
+}
+
+// The same with the strides that TensorIterator gives the output of an elementwise operation on a dense input.
+Tensor allocate_like(const Tensor& input) {
+  if (input.is_contiguous()) return expecting_writes(at::detail::empty_cpu(input.sizes(), input.scalar_type()));
+  if (input.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return expecting_writes(at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false,
+                                                  at::MemoryFormat::ChannelsLast));
+  return allocate(input.sizes(), input.strides(), input.scalar_type());
+}
+
+Tensor allocate_bits(int64_t numel) { return at::detail::empty_cpu({bytes_of_bits(numel)}, at::kByte); }
+
+void run_forward(const Operation& operation, const Tensor& input, const Tensor& output, uint8_t* bits) {
+  cpu::parallel_forward(
+      {operation.activation, checked_dtype(input), input.const_data_ptr(), output.mutable_data_ptr(), bits},
+      input.numel());
+}
+
+// Same place in memory for every element: strides agree wherever there is more than one step to take.
+bool same_layout(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && a[d] != b[d]) return false;
+  return true;
+}
+
+// Do these strides visit each of numel memory places once?
+bool is_dense(at::IntArrayRef sizes, at::IntArrayRef stride) {
+  c10::SmallVector<int64_t, 5> dims;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] > 1) dims.push_back(int64_t(d));
+  }
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return stride[a] < stride[b]; });
+  int64_t expected = 1;
+  for (const auto d : dims) {
+    if (stride[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+void check_backward(const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous() &&
+                  bits.numel() == bytes_of_bits(grad.numel()) && bits.device() == grad.device(),
+              "relu_ext: bits must be one contiguous dimension of ", bytes_of_bits(grad.numel()), " uint8 on ",
+              grad.device(), " for a gradient of ", grad.numel(), " elements, got ", bits.sizes(), " ",
+              bits.scalar_type(), " on ", bits.device());
+  TORCH_CHECK(stride.size() == grad.sizes().size() && is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
+              " are not those of a dense tensor of shape ", grad.sizes());
+}
+
+}  // namespace
+
+Tensor forward(const Operation& operation, const Tensor& input) {
+  Tensor output = allocate_like(input);
+  run_forward(operation, input, output, nullptr);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> forward_bits(const Operation& operation, const Tensor& input) {
+  checked_dtype(input);
+  Tensor output, source = input;
+  if (input.is_non_overlapping_and_dense()) {
+    output = allocate_like(input);
+  } else {
+    output = source = at::empty_like(input).copy_(input);
+  }
+  Tensor bits = allocate_bits(input.numel());
+  run_forward(operation, source, output, bits.mutable_data_ptr<uint8_t>());
+  return {std::move(output), std::move(bits)};
+}
+
+void forward_(const Operation& operation, const Tensor& input) { run_forward(operation, input, input, nullptr); }
+
+Tensor forward_bits_(const Operation& operation, const Tensor& input) {
+  Tensor bits = allocate_bits(input.numel());
+  run_forward(operation, input, input, bits.mutable_data_ptr<uint8_t>());
+  return bits;
+}
+
+Tensor backward(const Operation& operation, const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
+  const Dtype dtype = checked_dtype(grad);
+  check_backward(grad, bits, stride);
+  Tensor output = allocate(grad.sizes(), stride, grad.scalar_type());
+  const Tensor* source = &grad;
+  if (!same_layout(grad.sizes(), grad.strides(), stride)) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    source = &output.copy_(grad);
+  }
+  cpu::parallel_backward({operation.activation, dtype, source->const_data_ptr(), bits.const_data_ptr<uint8_t>(),
+                          output.mutable_data_ptr()},
+                         grad.numel());
+  return output;
+}
+
+}  // namespace relu_ext::launch

@@ -1,0 +1,87 @@
+// The registered operators: torch.ops.relu_ext.NAME_forward and NAME_backward for every row of the table.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <torch/library.h>
+
+#include <string>
+#include <utility>
+
+#include "autograd.h"
+#include "launch.h"
+
+namespace relu_ext {
+namespace {
+
+using at::Tensor;
+using Outputs = std::tuple<Tensor, Tensor>;
+
+// Shapes and strides alone: Meta and Fake tensors.
+Outputs meta_forward(const Tensor& input) {
+  const auto bytes = (input.sym_numel() + 7) / 8;
+  return {at::empty_like(input), at::empty_symint({bytes}, input.options().dtype(at::kByte))};
+}
+Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  TORCH_CHECK(bits.dim() == 1 && bits.scalar_type() == at::kByte, "relu_ext: bits must be one dimension of uint8");
+  TORCH_CHECK(stride.size() == size_t(grad.dim()), "relu_ext: ", stride.size(), " strides for a gradient of ",
+              grad.dim(), " dimensions");
+  return at::empty_strided_symint(grad.sym_sizes(), stride, grad.options());
+}
+
+// An operator's kernel is a plain function, so the row is a template argument here.
+template <size_t row>
+struct Kernels {
+  static Outputs forward(const Tensor& input) { return launch::forward_bits(operations[row], input); }
+  static Tensor backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+    return launch::backward(operations[row], grad, bits, C10_AS_INTARRAYREF_SLOW(stride));
+  }
+  static Outputs autograd_forward(const Tensor& input) { return operator_forward(operations[row], input); }
+  static Tensor autograd_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+    return operator_backward(operations[row], grad, bits, stride);
+  }
+};
+
+// each(std::integral_constant<size_t, row>) for every row of the table.
+template <class Each, size_t... rows>
+void for_rows(Each each, std::index_sequence<rows...>) {
+  (each(std::integral_constant<size_t, rows>{}), ...);
+}
+template <class Each>
+void for_rows(Each each) {
+  for_rows(each, std::make_index_sequence<operations.size()>{});
+}
+
+std::string forward_name(size_t row) { return std::string(operations[row].name) + "_forward"; }
+std::string backward_name(size_t row) { return std::string(operations[row].name) + "_backward"; }
+
+TORCH_LIBRARY(relu_ext, library) {
+  for_rows([&](auto row) {
+    library.def((forward_name(row) + "(Tensor input) -> (Tensor output, Tensor bits)").c_str());
+    library.def((backward_name(row) + "(Tensor grad, Tensor bits, SymInt[] stride) -> Tensor").c_str());
+  });
+}
+
+TORCH_LIBRARY_IMPL(relu_ext, CPU, library) {
+  for_rows([&](auto row) {
+    library.impl(forward_name(row).c_str(), &Kernels<row>::forward);
+    library.impl(backward_name(row).c_str(), &Kernels<row>::backward);
+  });
+}
+
+TORCH_LIBRARY_IMPL(relu_ext, Meta, library) {
+  for_rows([&](auto row) {
+    library.impl(forward_name(row).c_str(), &meta_forward);
+    library.impl(backward_name(row).c_str(), &meta_backward);
+  });
+}
+
+TORCH_LIBRARY_IMPL(relu_ext, Autograd, library) {
+  for_rows([&](auto row) {
+    library.impl(forward_name(row).c_str(), &Kernels<row>::autograd_forward);
+    library.impl(backward_name(row).c_str(), &Kernels<row>::autograd_backward);
+  });
+}
+
+}  // namespace
+}  // namespace relu_ext

@@ -1,0 +1,82 @@
+"""The operations. The body of each function is its definition: one line of ATen.
+
+That line is what the operation means. It runs whenever the kernels do not take the input, and compilers, exporters and
+TorchScript see nothing else; plain dense tensors in eager mode take the kernels.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C
+
+
+def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
+    """Gives ``function`` the name and documentation of ``definition``, and lets Dynamo and TorchScript compile the latter.
+
+    Both look for these attributes on any function, so nothing need be asked at each call.
+    """
+    functools.update_wrapper(function, definition)
+    function._torchdynamo_inline = definition
+    function.__prepare_scriptable__ = lambda: definition
+    return function
+
+
+def _unary(kernel: Callable, kernel_: Callable) -> Callable:
+    """Decorates the definition of ``operation(input, inplace=False)``.
+
+    ``kernel(input)`` and ``kernel_(input)`` return NotImplemented for what they leave to the definition.
+    """
+
+    def decorate(definition: Callable) -> Callable:
+        def function(input, inplace=False):
+            output = kernel_(input) if inplace else kernel(input)
+            return definition(input, inplace) if output is NotImplemented else output
+
+        return _seen_by_compilers(function, definition)
+
+    return decorate
+
+
+def _unary_(kernel_: Callable) -> Callable:
+    """The same for ``operation_(input)``, always in place."""
+
+    def decorate(definition: Callable) -> Callable:
+        def function(input):
+            output = kernel_(input)
+            return definition(input) if output is NotImplemented else output
+
+        return _seen_by_compilers(function, definition)
+
+    return decorate
+
+
+@_unary(_C.relu, _C.relu_)
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``max(input, 0)`` element by element; a drop-in for :func:`torch.nn.functional.relu`.
+
+    Args:
+        input: any shape, layout and dtype that ``torch.relu`` takes. Dense float32, float64, float16 and bfloat16 tensors
+            on the CPU take the kernels, everything else ``torch.relu`` itself.
+        inplace: overwrite ``input`` and return it.
+
+    Returns:
+        A tensor like ``input``. NaN stays NaN.
+
+    Gradient: ``grad`` where ``not (input <= 0)``, else 0, so NaN passes; as ATen's ``threshold_backward``. It needs one
+    bit an element, which is all that is kept, so the output may be changed in place afterwards.
+
+    Raises:
+        What ``torch.nn.functional.relu`` raises, for instance for a bool or complex ``input``, or in place for a leaf
+        that requires grad.
+    """
+    return F.relu(input, inplace)
+
+
+@_unary_(_C.relu_)
+def relu_(input: Tensor) -> Tensor:
+    """:func:`relu` in place; a drop-in for :func:`torch.relu_`."""
+    return torch.relu_(input)
