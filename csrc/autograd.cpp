@@ -224,17 +224,22 @@ bool apply_(const Operation& operation, const Tensor& input) {
   torch::autograd::check_inplace(input, records);
   RECORD_FUNCTION(operation.recorded_, std::vector<c10::IValue>({input}),
                   records ? int64_t(at::sequence_number::peek()) : -1);
-  if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
+  const auto bump_version = [&] {
+    if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
+  };
   if (!records) {
     launch::forward_(operation, input);
+    bump_version();
     return true;
   }
+  // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new version.
   const auto [node, raw] = node_after(operation, input, input.sym_strides());
   const Tensor bits = taken == Road::kernel ? launch::forward_bits_(operation, input) : below_autograd([&] {
     auto [output, bits] = registered(operation).forward.call(input);
     input.copy_(output);
     return bits;
   });
+  bump_version();
   torch::autograd::rebase_history(input, node);
   raw->bits_ = SavedVariable(bits, /*is_output=*/false);
   return true;

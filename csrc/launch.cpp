@@ -16,12 +16,6 @@ namespace {
 
 using at::Tensor;
 
-Dtype checked_dtype(const Tensor& tensor) {
-  const auto dtype = dtype_of(tensor);
-  TORCH_CHECK_TYPE(dtype, "relu_ext: expected float32, float64, float16 or bfloat16, got ", tensor.scalar_type());
-  return *dtype;
-}
-
 Tensor expecting_writes(Tensor output) {
   cpu::expect_writes(output.mutable_data_ptr(), int64_t(output.nbytes()));
   return output;
@@ -72,17 +66,23 @@ bool is_dense(at::IntArrayRef sizes, at::IntArrayRef stride) {
   return true;
 }
 
-void check_backward(const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
-  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous() &&
-                  bits.numel() == bytes_of_bits(grad.numel()) && bits.device() == grad.device(),
-              "relu_ext: bits must be one contiguous dimension of ", bytes_of_bits(grad.numel()), " uint8 on ",
-              grad.device(), " for a gradient of ", grad.numel(), " elements, got ", bits.sizes(), " ",
-              bits.scalar_type(), " on ", bits.device());
-  TORCH_CHECK(stride.size() == grad.sizes().size() && is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
-              " are not those of a dense tensor of shape ", grad.sizes());
+}  // namespace
+
+Dtype checked_dtype(const Tensor& tensor) {
+  const auto dtype = dtype_of(tensor);
+  TORCH_CHECK_TYPE(dtype, "relu_ext: expected float32, float64, float16 or bfloat16, got ", tensor.scalar_type());
+  return *dtype;
 }
 
-}  // namespace
+void check_backward(const Tensor& grad, const Tensor& bits, bool bits_fit, c10::SymIntArrayRef stride) {
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits_fit && bits.is_contiguous() &&
+                  bits.device() == grad.device(),
+              "relu_ext: bits must be one contiguous dimension of uint8 on ", grad.device(),
+              ", a byte for 8 elements of a ", "gradient of shape ", grad.sym_sizes(), ", got ", bits.scalar_type(),
+              " of shape ", bits.sym_sizes(), " on ", bits.device());
+  TORCH_CHECK(stride.size() == size_t(grad.dim()), "relu_ext: ", stride.size(), " strides for a gradient of ",
+              grad.dim(), " dimensions");
+}
 
 Tensor forward(const Operation& operation, const Tensor& input) {
   Tensor output = allocate_like(input);
@@ -113,7 +113,9 @@ Tensor forward_bits_(const Operation& operation, const Tensor& input) {
 
 Tensor backward(const Operation& operation, const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
   const Dtype dtype = checked_dtype(grad);
-  check_backward(grad, bits, stride);
+  check_backward(grad, bits, bits.numel() == bytes_of_bits(grad.numel()), c10::fromIntArrayRefUnchecked(stride));
+  TORCH_CHECK(is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
+              " are not those of a dense tensor of shape ", grad.sizes());
   Tensor output = allocate(grad.sizes(), stride, grad.scalar_type());
   const Tensor* source = &grad;
   if (!same_layout(grad.sizes(), grad.strides(), stride)) {

@@ -8,6 +8,11 @@
 
 namespace relu_ext::launch {
 
+// Both throw; no data is read, so they serve tensors without data too. bits_fit: there are as many bytes of bits as
+// grad's elements need.
+Dtype checked_dtype(const at::Tensor&);
+void check_backward(const at::Tensor& grad, const at::Tensor& bits, bool bits_fit, c10::SymIntArrayRef stride);
+
 // Outputs keep the input's strides where it is dense, else they have those of at::empty_like. Tensors are float32,
 // float64, float16 or bfloat16 on a device that the build has kernels for; anything else throws.
 at::Tensor forward(const Operation&, const at::Tensor& input);

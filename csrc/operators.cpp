@@ -18,14 +18,14 @@ using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor>;
 
 // Shapes and strides alone: Meta and Fake tensors.
+c10::SymInt sym_bytes_of_bits(const Tensor& tensor) { return (tensor.sym_numel() + 7) / 8; }
 Outputs meta_forward(const Tensor& input) {
-  const auto bytes = (input.sym_numel() + 7) / 8;
-  return {at::empty_like(input), at::empty_symint({bytes}, input.options().dtype(at::kByte))};
+  launch::checked_dtype(input);
+  return {at::empty_like(input), at::empty_symint({sym_bytes_of_bits(input)}, input.options().dtype(at::kByte))};
 }
 Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-  TORCH_CHECK(bits.dim() == 1 && bits.scalar_type() == at::kByte, "relu_ext: bits must be one dimension of uint8");
-  TORCH_CHECK(stride.size() == size_t(grad.dim()), "relu_ext: ", stride.size(), " strides for a gradient of ",
-              grad.dim(), " dimensions");
+  launch::checked_dtype(grad);
+  launch::check_backward(grad, bits, bits.sym_numel() == sym_bytes_of_bits(grad), stride);
   return at::empty_strided_symint(grad.sym_sizes(), stride, grad.options());
 }
 

@@ -11,8 +11,8 @@ from torch import Tensor
 class ReLUFunction(torch.autograd.Function):
     """``ReLUFunction.apply(input)``: :func:`relu_ext.relu` over ``torch.ops.relu_ext``.
 
-    input: float32, float64, float16 or bfloat16 (else TypeError), any shape and strides. The output is dense. One bit an
-    element is kept for backward, in the memory order of the output. Differentiable twice, and in forward mode.
+    input: float32, float64, float16 or bfloat16 (else TypeError), any shape and strides. The output is dense. One bit
+    an element is kept for backward, in the memory order of the output. Differentiable twice, and in forward mode.
     """
 
     @staticmethod

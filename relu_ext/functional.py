@@ -15,7 +15,7 @@ from . import _C
 
 
 def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
-    """Gives ``function`` the name and documentation of ``definition``, and lets Dynamo and TorchScript compile the latter.
+    """Gives ``function`` the name of ``definition`` and lets Dynamo and TorchScript compile the latter in its place.
 
     Both look for these attributes on any function, so nothing need be asked at each call.
     """
@@ -59,8 +59,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` element by element; a drop-in for :func:`torch.nn.functional.relu`.
 
     Args:
-        input: any shape, layout and dtype that ``torch.relu`` takes. Dense float32, float64, float16 and bfloat16 tensors
-            on the CPU take the kernels, everything else ``torch.relu`` itself.
+        input: any shape, layout and dtype that ``torch.relu`` takes. Dense float32, float64, float16 and bfloat16
+            tensors on the CPU take the kernels, everything else ``torch.relu`` itself.
         inplace: overwrite ``input`` and return it.
 
     Returns:

@@ -11,13 +11,14 @@
 namespace relu_ext::cpu {
 namespace {
 
-// A thread's smallest share, in elements: torch's own for elementwise operations. With less, waking the second thread
-// costs more than it saves.
+// A thread's smallest share, in elements: torch's own for elementwise operations. Two threads gain from between two and
+// four shares on, whatever the element type (2 cores of an EPYC 7003, AVX2, forward with bits; at one share they
+// take 1.4 times as long as one), so parallel_for, which would divide anything above one share, is not asked below two.
 constexpr int64_t grain = 32768;
 
 template <class Work>
 void parallel(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t numel) {
-  if (numel <= grain) return run(work, 0, numel);
+  if (numel < 2 * grain) return run(work, 0, numel);
   const int64_t blocks = (numel - 1) / alignment + 1;
   at::parallel_for(0, blocks, grain / alignment,
                    [&](int64_t begin, int64_t end) { run(work, begin * alignment, std::min(end * alignment, numel)); });
