@@ -15,13 +15,20 @@ from . import _C
 
 
 def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
-    """Gives ``function`` the name of ``definition`` and lets Dynamo and TorchScript compile the latter in its place.
+    """Gives ``function`` the name of ``definition`` and lets compilers compile the latter in its place.
 
-    Both look for these attributes on any function, so nothing need be asked at each call.
+    They look for this on any function, so nothing need be asked at each call. Without it Dynamo would break its graph
+    at the C entry, with the same results.
     """
     functools.update_wrapper(function, definition)
-    function._torchdynamo_inline = definition
-    function.__prepare_scriptable__ = lambda: definition
+    function.__prepare_scriptable__ = lambda: definition  # torch.jit.script
+    function._torchdynamo_inline = definition  # Dynamo, where it meets a call
+    function._torchdynamo_orig_callable = definition  # torch.compile(function)
+    function._torchdynamo_wrapper_id = id(function)  # says that the line above is no functools.wraps copy
+    # A frame that Dynamo has left to Python may call the function: that call is Python's too.
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, skip)
     return function
 
 

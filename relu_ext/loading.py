@@ -19,7 +19,7 @@ def check_build() -> None:
         raise ImportError(NOT_BUILT)
     from . import _build as built
 
-    running = (torch.__version__, platform.python_version_tuple()[:2])
+    running = (str(torch.__version__), platform.python_version_tuple()[:2])
     if running != (built.TORCH, built.PYTHON):
         raise ImportError(
             f"relu_ext was built for torch {built.TORCH} and Python {'.'.join(built.PYTHON)}, "
