@@ -87,8 +87,8 @@ py::list isas_up_to(Isa last) {
 
 PYBIND11_MODULE(_C, module) {
   using namespace relu_ext;
-  if (const char* wanted = std::getenv("RELU_EXT_ISA"))
-    set_isa(wanted);  // a throw here is an ImportError with its text
+  const char* const wanted = std::getenv("RELU_EXT_ISA");
+  if (wanted && *wanted) set_isa(wanted);  // a throw here is an ImportError with its text
   PyModule_AddFunctions(module.ptr(), methods(std::make_index_sequence<operations.size()>{}));
   module.def("isas_compiled", [] { return isas_up_to(Isa::avx512); });
   module.def("isas_supported", [] { return isas_up_to(best_isa()); });

@@ -12,14 +12,14 @@ class ReLUFunction(torch.autograd.Function):
     """``ReLUFunction.apply(input)``: :func:`relu_ext.relu` over ``torch.ops.relu_ext``.
 
     input: float32, float64, float16 or bfloat16 (else TypeError), any shape and strides. The output is dense. One bit
-    an element is kept for backward, in the memory order of the output. Differentiable twice, and in forward mode.
+    an element is kept for backward, in the memory order of the output. Differentiable twice. It has no forward mode:
+    Dynamo does not trace a Function with a ``jvp``; ``relu_ext.relu`` has both.
     """
 
     @staticmethod
     def forward(ctx, input: Tensor) -> Tensor:
         output, bits = torch.ops.relu_ext.relu_forward(input)
         ctx.save_for_backward(bits)
-        ctx.save_for_forward(bits)
         ctx.stride = output.stride()
         return output
 
@@ -27,6 +27,3 @@ class ReLUFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         (bits,) = ctx.saved_tensors
         return torch.ops.relu_ext.relu_backward(grad, bits, ctx.stride)
-
-    # The operation is linear in what it lets through: tangents and gradients are masked alike.
-    jvp = backward

@@ -61,7 +61,7 @@ def packed(keep):
 
 
 def special_values(dtype):
-    """Zero, the smallest and largest subnormal, the smallest normal, the largest finite, infinity, three NaN; both signs."""
+    """Zero, smallest and largest subnormal, smallest normal, largest finite, infinity, three NaN; both signs."""
     fraction = 1 << -int(math.log2(torch.finfo(dtype).eps))
     infinity = torch.tensor(math.inf, dtype=dtype).view(INTEGERS[dtype]).item()
     nan = [infinity | payload for payload in (1, fraction >> 1, fraction - 1)]  # signalling, quiet, every bit set

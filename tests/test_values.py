@@ -1,0 +1,208 @@
+"""Values: torch's, whatever the length, the place in memory, the number of threads and the instruction set."""
+
+import ctypes
+import mmap
+import multiprocessing
+import sys
+import time
+
+import pytest
+import torch
+from operations import DTYPES, INTEGERS, OPERATIONS, assert_same, kept_by, mixed_values, packed, special_values
+
+import relu_ext
+from relu_ext import _C
+
+# The loops take blocks of at most 64 elements: twice that, and a few on both sides of the second boundary.
+LENGTHS = range(2 * 64 + 4)
+MARGIN = 64
+
+
+def window(values, offset):
+    """A copy of values in the middle of a buffer of a number that every operation changes; and that buffer."""
+    buffer = torch.full((len(values) + 2 * MARGIN,), -3.0, dtype=values.dtype, device=values.device)
+    view = buffer[MARGIN + offset : MARGIN + offset + len(values)]
+    view.copy_(values)
+    return view, buffer
+
+
+def assert_margins_untouched(buffer, length, offset):
+    begin = MARGIN + offset
+    assert (buffer[:begin] == -3).all() and (buffer[begin + length :] == -3).all()
+
+
+def assert_bitwise(ours, theirs):
+    assert torch.equal(ours.view(INTEGERS[ours.dtype]), theirs.view(INTEGERS[theirs.dtype]))
+
+
+def check(operation, values, grad_values, offset=0):
+    """Forward, forward with bits, backward and both in place, on 1-d tensors at an offset into their storages."""
+    expected_input = values.clone().requires_grad_()
+    expected = operation.definition(expected_input)
+    expected.backward(grad_values)
+    expected = expected.detach()
+    keep = operation.keep(values)
+
+    input, input_buffer = window(values, offset)
+    grad, grad_buffer = window(grad_values, offset)
+    assert_same(operation.function(input), expected)
+
+    leaf = input.detach().requires_grad_()
+    output, (bits,) = kept_by(operation.function, leaf)
+    assert_same(output.detach(), expected)
+    assert_bitwise(output.detach()[keep], values[keep])
+    assert torch.equal(bits, packed(keep))
+    output.backward(grad)
+    assert_same(leaf.grad, expected_input.grad)
+    assert_bitwise(leaf.grad[keep], grad_values[keep])
+    assert_bitwise(input, values)
+    assert_bitwise(grad, grad_values)
+    assert_margins_untouched(input_buffer, len(values), offset)
+    assert_margins_untouched(grad_buffer, len(values), offset)
+
+    operation.function_(input)
+    assert_same(input, expected)
+    assert_margins_untouched(input_buffer, len(values), offset)
+
+    leaf = values.clone().requires_grad_()
+    view, buffer = window(leaf, offset)
+    _, (bits,) = kept_by(operation.function_, view)
+    assert torch.equal(bits, packed(keep))
+    view.backward(grad)
+    assert_same(view.detach(), expected)
+    assert_same(leaf.grad, expected_input.grad)
+    assert_margins_untouched(buffer.detach(), len(values), offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_length(operation, device, dtype, isa, threads):
+    for length in LENGTHS:
+        check(operation, mixed_values(length, dtype, device, length), mixed_values(length, dtype, device, -length))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_length_at_every_offset(operation, device, dtype, isa):
+    for length in LENGTHS:
+        values = mixed_values(length, dtype, device, length)
+        grad = mixed_values(length, dtype, device, -length)
+        for offset in (1, 2, 3, 4, 5, 7, 8, 15, 31):
+            if offset < 4 or length % 8 in (0, 1, 7):  # the rest would take a minute
+                check(operation, values, grad, offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_in_every_lane(operation, device, dtype, isa):
+    special = special_values(dtype).to(device)
+    values = special.repeat(64 + 1)  # 18 and 64 have common divisors: a whole turn, so that each meets each lane
+    grad = special.repeat_interleave(64 + 1)
+    check(operation, values, grad)
+    check(operation, values[1:], grad[:-1], offset=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_pattern(operation, device, dtype, isa):
+    every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    check(operation, every, every)
+    check(operation, every, every.flip(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_that_use_more_threads(operation, device, dtype, isa, threads):
+    for length in (
+        32767,
+        32768,
+        32769,
+        65536,
+        65537,
+        131071,
+        131072 + 65,
+        262143,
+        262145,
+    ):  # around any grain up to 1 MiB
+        check(operation, mixed_values(length, dtype, device, length), mixed_values(length, dtype, device, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_million_elements_and_three(operation, device, dtype, threads):
+    length = 2**20 + 3
+    check(operation, mixed_values(length, dtype, device), mixed_values(length, dtype, device, 1), offset=1)
+
+
+def test_outputs_over_32_megabytes(operation, device, threads):
+    """They are fresh memory at every call, and treated as such."""
+    length = 33 * 2**18 + 5
+    values = mixed_values(length, torch.float32, device)
+    grad = values.roll(1)
+    leaf = values.clone().requires_grad_()
+    output, (bits,) = kept_by(operation.function, leaf)
+    output.backward(grad)
+    expected_leaf = values.clone().requires_grad_()
+    expected = operation.definition(expected_leaf)
+    expected.backward(grad)
+    assert_same(output.detach(), expected.detach())
+    assert_same(leaf.grad, expected_leaf.grad)
+    assert torch.equal(bits, packed(operation.keep(values)))
+    with torch.no_grad():
+        assert_same(operation.function(values), expected.detach())
+        assert_same(operation.function_(values), expected.detach())
+
+
+def test_bits_are_little_endian_and_end_in_zeros(operation, device):
+    """The format in literal bytes, so that a mistake cannot hide in the helper that all other tests compare with."""
+    input = torch.tensor([1.0, -1, 1, 1, -1, -1, -1, -1, -1, 1, 1], device=device, requires_grad=True)
+    _, (bits,) = kept_by(operation.function, input)
+    assert bits.tolist() == [0b00001101, 0b110]
+
+
+def test_threads_are_used(operation, threads):
+    """A parallel loop that was compiled without OpenMP runs on one thread and says nothing."""
+    input = torch.randn(2**22)
+    output = operation.function(input)
+    stop = time.perf_counter() + 0.1
+    process, caller = time.process_time(), time.thread_time()
+    while time.perf_counter() < stop:
+        operation.function_(output)
+    caller = time.thread_time() - caller
+    others = time.process_time() - process - caller
+    assert others > 0.3 * caller if threads == 2 else others < 0.1 * caller
+
+
+def own_pages(count):
+    """A byte tensor of whole pages between two pages that nobody may touch."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, (count + 2) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for guard in (address, address + (count + 1) * page):
+        assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(memory, dtype=torch.uint8)[page:-page]
+
+
+def touch_only_own_pages(operation_index, isa):
+    """Every length, against the guard before it and against the guard after it: one byte too far ends the process."""
+    _C.set_isa(isa)
+    operation = OPERATIONS[operation_index]
+    pages, bits_pages = own_pages(1), own_pages(1)
+    for dtype in DTYPES:
+        memory = pages.view(dtype)
+        for length in LENGTHS[1:]:
+            for input in (memory[:length], memory[-length:]):
+                for bits in (bits_pages[: (length + 7) // 8], bits_pages[-((length + 7) // 8) :]):
+                    input.copy_(mixed_values(length, dtype, seed=length))
+                    operation.function(input)
+                    output = operation.function(input.detach().requires_grad_())
+                    output.backward(input)
+                    bits.fill_(255)
+                    torch.ops.relu_ext.relu_backward(input, bits, [1])
+                    operation.function_(input)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect by Linux's rules")
+@pytest.mark.parametrize("isa", relu_ext.build_info()["isas_supported"])
+def test_reads_and_writes_stay_inside(operation, isa):
+    process = multiprocessing.get_context("spawn").Process(
+        target=touch_only_own_pages, args=(OPERATIONS.index(operation), isa)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
