@@ -1,0 +1,198 @@
+"""How it is measured: competitors in turns, correctness first, bytes kept for backward."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from cases import BACKWARD, FORWARD, Operation
+from torch.utils.benchmark import Timer
+
+# A block of calls this long makes the clock's own cost and resolution (0.1 us) invisible.
+BLOCK_SECONDS = 2e-3
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 200
+
+Spread = dict[str, float]
+
+
+class Call(NamedTuple):
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    layers: int = 1  # the time is reported per layer
+
+
+def spread(samples: list[float]) -> Spread:
+    median, low, high = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    )
+    return {"median": median.item(), "q20": low.item(), "q80": high.item()}
+
+
+def _timer(call: Call, threads: int) -> Timer:
+    names = [f"x{i}" for i in range(len(call.args))]
+    return Timer(
+        f"f({', '.join(names)})",
+        globals={"f": call.function, **dict(zip(names, call.args, strict=True))},
+        num_threads=threads,
+    )
+
+
+def _host_sampler(call: Call, threads: int) -> Callable[[], float]:
+    timer = _timer(call, threads)
+    estimate = timer.blocked_autorange(min_run_time=1e-9).median
+    if estimate > BLOCK_SECONDS:
+        # One call to warm up and one that counts; timeit would warm up with two.
+        return lambda: timer.blocked_autorange(min_run_time=BLOCK_SECONDS).median / call.layers
+    estimate = timer.timeit(max(1, int(BLOCK_SECONDS / 4 / estimate))).median
+    number = max(1, int(BLOCK_SECONDS / estimate))
+    return lambda: timer.timeit(number).median / call.layers
+
+
+def _cold_l2_sampler(call: Call) -> Callable[[], float]:
+    from triton.testing import do_bench
+
+    function = partial(call.function, *call.args)
+    # Milliseconds in, milliseconds out; do_bench overwrites the L2 cache before every call.
+    return lambda: do_bench(function, warmup=5, rep=25, return_mode="median") * 1e-3 / call.layers
+
+
+def measure(calls: dict[str, Call], seconds: float, threads: int, cold_l2: bool = False) -> dict[str, list[float]]:
+    """Seconds per layer of each call, one number per round.
+
+    The competitors take turns in a new order each round, so that a change of clock or a neighbour on the machine
+    meets all of them, and the numbers of one round can be divided by each other.
+    """
+    samplers = {
+        name: _cold_l2_sampler(call) if cold_l2 else _host_sampler(call, threads) for name, call in calls.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    end = time.perf_counter() + seconds
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        shuffle(order)
+        for name in order:
+            samples[name].append(samplers[name]())
+    return samples
+
+
+def signed_random(count: int, dims: Iterable[int], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(*dims, device=device, generator=generator).to(dtype) for _ in range(count)]
+
+
+def leaves(operands: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(operand.detach().requires_grad_() for operand in operands)
+
+
+def train(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], grad: torch.Tensor) -> tuple:
+    return torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+def chain(function: Callable[..., torch.Tensor], layers: int) -> Callable[..., torch.Tensor]:
+    def apply(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        for _ in range(layers):
+            x = function(x, *others)
+        return x
+
+    return apply
+
+
+def chain_backward(function: Callable[..., torch.Tensor], operands: list[torch.Tensor], grad, layers: int) -> Call:
+    inputs = leaves(operands)
+    output = chain(function, layers)(*inputs)
+    return Call(partial(torch.autograd.grad, retain_graph=True), (output, inputs, grad), layers)
+
+
+def is_one_node(node: torch.autograd.graph.Node) -> bool:
+    return all(after is None or "AccumulateGrad" in after.name() for after, _ in node.next_functions)
+
+
+def backward_calls(functions: dict[str, Callable[..., torch.Tensor]], operands: list[torch.Tensor], grad) -> dict:
+    """The backward alone. Where each graph is one node, the node is called without autograd's engine, which costs
+    tens of microseconds a call and would hide the difference."""
+    outputs = {name: function(*leaves(operands)) for name, function in functions.items()}
+    if all(is_one_node(output.grad_fn) for output in outputs.values()):
+        return {name: Call(output.grad_fn, (grad,)) for name, output in outputs.items()}
+    return {name: chain_backward(function, operands, grad, 1) for name, function in functions.items()}
+
+
+def step_calls(
+    step: str, functions: dict[str, Callable[..., torch.Tensor]], operands: list[torch.Tensor], grad: torch.Tensor
+) -> dict[str, Call]:
+    if step == FORWARD:
+        return {name: Call(function, tuple(operands)) for name, function in functions.items()}
+    if step == BACKWARD:
+        return backward_calls(functions, operands, grad)
+    return {name: Call(train, (function, leaves(operands), grad)) for name, function in functions.items()}
+
+
+def copy_calls(source: torch.Tensor) -> dict[str, Call]:
+    """`clone` pays for fresh memory, `copy_` does not; the better of the two is the limit."""
+    return {"clone": Call(torch.clone, (source,)), "copy_": Call(torch.empty_like(source).copy_, (source,))}
+
+
+def assert_equal(operation: Operation, ours: Any, expected: Any) -> None:
+    # torch.equal is the quick way; assert_close has the message, the tolerance and NaN.
+    if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, expected, strict=True)):
+        shape, dtype = tuple(expected[0].shape), expected[0].dtype
+        torch.testing.assert_close(
+            ours,
+            expected,
+            rtol=operation.rtol,
+            atol=operation.atol,
+            equal_nan=True,
+            msg=lambda text: f"relu_ext.{operation.name} differs from its definition at {shape}, {dtype}: {text}",
+        )
+
+
+def check(operation: Operation, operands: list[torch.Tensor], grad: torch.Tensor) -> None:
+    """Output and gradients equal the definition, or AssertionError."""
+    results = []
+    for function in operation.function:
+        inputs = leaves(operands)
+        output = function(*inputs)
+        results.append((output.detach(), *torch.autograd.grad(output, inputs, grad)))
+    assert_equal(operation, *results)
+    assert_equal(operation, *([function(*operands)] for function in operation.function))
+
+
+def check_other_forms(operation: Operation, operands: list[torch.Tensor]) -> None:
+    first, *others = operands
+    if operation.inplace:
+        assert_equal(operation, *([function(first.clone(), *others)] for function in operation.inplace))
+    if operation.module:
+        assert_equal(operation, *([build()(first, *others)] for build in operation.module))
+
+
+@contextmanager
+def kept_storages(excluded: Iterable[torch.Tensor] = ()) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd keeps for backward while the block runs, by address: each counts once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    storages: dict[int, int] = {}
+    alive = []  # a freed address could come back as another storage
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            alive.append(storage)
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def kept_bytes(function: Callable[..., torch.Tensor], operands: list[torch.Tensor]) -> int:
+    inputs = leaves(operands)
+    with kept_storages() as storages:
+        output = function(*inputs)
+    del output
+    return sum(storages.values())

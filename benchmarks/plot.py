@@ -1,0 +1,236 @@
+"""Draws a JSON of run.py as PNG pictures: speed-ups, bandwidth, bytes kept, and each function with its derivative."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import machine
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from cases import COMPILED, DTYPES, EAGER, OPERATIONS, OURS, STEPS, size_name
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#777777"
+SIDES = {OURS: BLUE, EAGER: ORANGE, COMPILED: GREEN}
+DTYPE_COLOURS = dict(zip(DTYPES, (BLUE, SKY, GREEN), strict=True))
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "figure.titlesize": 14,
+    "figure.titleweight": "bold",
+}
+NETWORK = {"linestyle": "", "marker": "s", "markersize": 5, "markerfacecolor": "none", "label": None}
+Record = dict[str, Any]
+
+
+def rows(results: Record, section: str, **where: Any) -> list[Record]:
+    found = (record for record in results["records"] if record["section"] == section)
+    return [record for record in found if all(record[key] == value for key, value in where.items())]
+
+
+def present(records: list[Record], key: str, order: Any) -> list[Any]:
+    found = {record[key] for record in records}
+    return [value for value in order if value in found]
+
+
+def save(figure: Figure, results: Record, title: str, path: Path) -> None:
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.supxlabel(machine.summary(results), fontsize=8, color=GREY)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(path)
+
+
+def draw_bars(axes: Axes, records: list[Record], step: str, dtypes: list[str]) -> None:
+    names = list(dict.fromkeys(record["shape"] for record in records))
+    width, bars = 0.8 / len(dtypes), []
+    for i, dtype in enumerate(dtypes):
+        found = {r["shape"]: r for r in records if (r["step"], r["dtype"]) == (step, dtype)}
+        places = [x - 0.4 + (i + 0.5) * width for x in range(len(names))]
+        ratios = [found[name]["ratio"] for name in names]
+        heights = [1 / ratio["median"] for ratio in ratios]
+        ends = [
+            [max(0, height - 1 / r["q80"]) for height, r in zip(heights, ratios, strict=True)],
+            [max(0, 1 / r["q20"] - height) for height, r in zip(heights, ratios, strict=True)],
+        ]
+        axes.bar(places, heights, width * 0.92, color=DTYPE_COLOURS[dtype], label=dtype)
+        axes.errorbar(places, heights, yerr=ends, fmt="none", ecolor="#333333", elinewidth=0.8)
+        bars += [(x, height, height + end) for x, height, end in zip(places, heights, ends[1], strict=True)]
+        for x, name in zip(places, names, strict=True):
+            seconds = found[name]["seconds"]
+            if COMPILED in seconds:
+                quotient = seconds[EAGER]["median"] / seconds[COMPILED]["median"]
+                axes.plot(x, quotient, marker="D", markersize=5, color=ORANGE, markeredgecolor="black", linestyle="")
+    # An outlier's error bar must not flatten the bars.
+    top = 1.25 * max(1, *(height for _, height, _ in bars))
+    axes.set_ylim(0, top)
+    for x, height, end in bars:
+        label = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        axes.text(x, min(end + 0.015 * top, 0.88 * top), f"{height:.2f}", bbox=box, **label)
+    axes.axhline(1, color=RED, linewidth=1.2, linestyle="--", label="torch")
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    axes.grid(axis="x", visible=False)
+    axes.set_title(step, loc="left")
+    axes.set_ylabel("torch's time / relu_ext's")
+
+
+def speedup(results: Record, operation: str, path: Path) -> None:
+    records = rows(results, "speed", operation=operation)
+    steps, dtypes = present(records, "step", STEPS), present(records, "dtype", DTYPES)
+    figure, grid = plt.subplots(len(steps), 1, figsize=(11, 3.2 * len(steps) + 1), squeeze=False, layout="constrained")
+    for axes, step in zip(grid.flat, steps, strict=True):
+        draw_bars(axes, records, step, dtypes)
+    grid[0, 0].plot([], [], marker="D", color=ORANGE, markeredgecolor="black", linestyle="", label="torch.compile")
+    grid[0, 0].legend(ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
+    save(figure, results, f"{operation}: speed-up over eager torch, higher is faster", path)
+
+
+def draw_line(axes: Axes, records: list[Record], seconds: Any, **style: Any) -> None:
+    """GB/s against size, joined; the shapes of networks, which lie between sizes, as separate hollow squares.
+
+    All competitors are drawn with the bytes that the operation has to move, not with those that each of them moves.
+    """
+    sizes = [record for record in records if record["shape"] == size_name(record["elements"])]
+    for known, more in ((sizes, style), ([r for r in records if r not in sizes], style | NETWORK)):
+        speeds = [record["bytes_moved"] / seconds(record) / 1e9 for record in known]
+        axes.plot([record["elements"] for record in known], speeds, **more)
+
+
+def draw_bandwidth(axes: Axes, records: list[Record]) -> None:
+    records = sorted(records, key=lambda record: record["elements"])
+    draw_line(axes, records, lambda r: r["copy_limit_seconds"], color=GREY, linestyle="--", label="copy limit")
+    for side, colour in SIDES.items():
+        known = [record for record in records if side in record["seconds"]]
+        style = {"color": colour, "marker": "o", "markersize": 4.5, "label": side}
+        if side == COMPILED:
+            style["linestyle"] = ""  # measured at few sizes
+        draw_line(axes, known, lambda r, side=side: r["seconds"][side]["median"], **style)
+    axes.set_xscale("log", base=2)
+    ticks = [2**i for i in range(6, 31, 4)]
+    axes.set_xticks(ticks, [size_name(tick) for tick in ticks])
+    axes.set_xlim(records[0]["elements"] / 1.5, records[-1]["elements"] * 1.5)
+    axes.set_ylim(bottom=0)
+
+
+def mark_cache(axes: Axes, results: Record, dtype: str) -> None:
+    cache = max(results["machine"]["caches_bytes"].values(), default=0)
+    elements = cache / 2 / DTYPES[dtype].itemsize
+    if results["device"] != "cpu" or not axes.get_xlim()[0] < elements < axes.get_xlim()[1]:
+        return
+    axes.axvline(elements, color=RED, linewidth=1, linestyle=":")
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+    note = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8, "color": RED, "bbox": box}
+    axes.text(elements, 0.98, "input + output = last-level cache ", transform=axes.get_xaxis_transform(), **note)
+
+
+def bandwidth(results: Record, operation: str, path: Path) -> None:
+    records = rows(results, "speed", operation=operation)
+    steps, dtypes = present(records, "step", STEPS), present(records, "dtype", DTYPES)
+    size = (max(9, 4.2 * len(dtypes) + 0.6), max(4.5, 3 * len(steps) + 1))
+    figure, grid = plt.subplots(len(steps), len(dtypes), figsize=size, squeeze=False, layout="constrained")
+    for line, step in zip(grid, steps, strict=True):
+        for axes, dtype in zip(line, dtypes, strict=True):
+            draw_bandwidth(axes, [r for r in records if (r["step"], r["dtype"]) == (step, dtype)])
+            mark_cache(axes, results, dtype)
+            axes.set_title(f"{step}, {dtype}", loc="left")
+        line[0].set_ylabel("GB/s that the operation must move")
+    for axes in grid[-1]:
+        axes.set_xlabel("elements")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    save(figure, results, f"{operation}: bandwidth against size (squares: shapes of networks)", path)
+
+
+def kept(results: Record, path: Path) -> None:
+    records = rows(results, "kept")
+    sides = [side for side in SIDES if any(side in record["bytes_per_element"] for record in records)]
+    figure, axes = plt.subplots(figsize=(9, 0.75 * len(records) + 1.9), layout="constrained")
+    height = 0.8 / len(sides)
+    for i, side in enumerate(sides):
+        known = [(y, r["bytes_per_element"][side]) for y, r in enumerate(records) if side in r["bytes_per_element"]]
+        places = [y - 0.4 + (i + 0.5) * height for y, _ in known]
+        bars = axes.barh(places, [count for _, count in known], height * 0.92, color=SIDES[side], label=side)
+        axes.bar_label(bars, [f"{count:g}" for _, count in known], padding=4)
+    axes.set_yticks(range(len(records)), [f"{record['operation']}\n{record['dtype']}" for record in records])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("bytes per element that the layer alone keeps")
+    axes.legend(loc="lower right")
+    save(figure, results, "Kept for backward", path)
+
+
+def draw_curve(axes: Axes, name: str, function: Any) -> None:
+    x = torch.linspace(-4, 4, 1601, requires_grad=True)
+    y = function(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    at = x.detach()
+    axes.fill_between(at, 0, 1, where=slope == 0, color="#f3e0d8", transform=axes.get_xaxis_transform(), linewidth=0)
+    # A derivative that jumps has no slope there: break its line.
+    broken = slope.clone()
+    broken[1:][(slope.diff().abs() > 0.1)] = float("nan")
+    axes.plot(at, y.detach(), color=BLUE, linewidth=2.2, label="value")
+    axes.plot(at, broken, color=ORANGE, linewidth=2.2, linestyle="--", label="derivative")
+    axes.fill_between([], [], color="#f3e0d8", label="derivative exactly 0: no gradient passes")
+    axes.axhline(0, color=GREY, linewidth=0.7)
+    axes.axvline(0, color=GREY, linewidth=0.7)
+    axes.set_ylim(-1.25, 3)
+    axes.set_title(f"{name}: derivative at 4: {slope[-1].item():.2g}, at -4: {slope[0].item():.2g}", fontsize=9.5)
+
+
+def curves(results: Record, path: Path) -> None:
+    functions = {operation.name: operation.function.ours for operation in OPERATIONS if operation.operands == 1}
+    functions |= {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    columns = min(4, len(functions))
+    lines = -(-len(functions) // columns)
+    size = (4 * columns, 3.3 * lines + 1.1)
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", sharex=True)
+    for axes, (name, function) in zip(grid.flat, functions.items(), strict=False):
+        draw_curve(axes, name, function)
+    for axes in grid.flat[len(functions) :]:
+        axes.set_visible(False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    save(figure, results, "Value and derivative", path)
+
+
+def draw(results: Record, out: Path, name: str) -> None:
+    for operation in dict.fromkeys(record["operation"] for record in rows(results, "speed")):
+        speedup(results, operation, out / f"{name}-speedup-{operation}.png")
+        bandwidth(results, operation, out / f"{name}-bandwidth-{operation}.png")
+    if rows(results, "kept"):
+        kept(results, out / f"{name}-kept.png")
+    curves(results, out / f"{name}-curves.png")
+
+
+def main() -> None:
+    folder = Path(__file__).parent / "results"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", nargs="*", type=Path, help="what run.py wrote; default: results/latest-*.json")
+    parser.add_argument("--out", type=Path, help="folder for the pictures; default: beside the JSON")
+    options = parser.parse_args()
+    found = options.json or sorted(folder.glob("latest-*.json"))
+    if not found:
+        parser.error(f"no latest-*.json in {folder}: run benchmarks/run.py first")
+    plt.rcParams.update(STYLE)
+    for path in found:
+        out = options.out or path.parent
+        out.mkdir(parents=True, exist_ok=True)
+        draw(json.loads(path.read_text()), out, path.stem)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Tables and targets from the records of run.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import machine
+from cases import BACKWARD, COMPILED, DTYPES, EAGER, HOST_ELEMENTS, OPERATIONS, OURS, STEPS, TARGETS, Operation, Target
+from harness import Spread
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+
+
+def duration(seconds: float) -> str:
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 999.5 else f"{seconds * factor:.0f} {unit}"
+    return f"{seconds * 1e9:.2f} ns"
+
+
+def coloured(ratio: float, text: str) -> str:
+    style = "green" if ratio <= 0.99 else "red" if ratio > 1.01 else "yellow"
+    return f"[{style}]{text}[/]"
+
+
+def ratio_text(ratio: Spread | None) -> str:
+    return coloured(ratio["median"], f"{ratio['median']:.2f}") if ratio else ""
+
+
+def spread_text(ratio: Spread) -> str:
+    text = f"{ratio['median']:.3f} ({ratio['q20']:.3f} to {ratio['q80']:.3f})"
+    return coloured(ratio["median"], text)
+
+
+def host_table(records: list[Record]) -> Table:
+    table = Table(
+        title=f"Host time per call: {HOST_ELEMENTS} float32 elements, one thread",
+        caption="ratio: relu_ext / torch in the same run, median (20 % to 80 %); below 1 relu_ext is faster",
+    )
+    for heading in ("operation", "what", "relu_ext", "torch", "ratio to torch"):
+        table.add_column(heading, justify="left" if heading in ("operation", "what") else "right")
+    for record in records:
+        times = (duration(record["seconds"][side]["median"]) for side in (OURS, EAGER))
+        table.add_row(record["operation"], record["step"], *times, spread_text(record["ratio"]))
+    return table
+
+
+def kept_table(records: list[Record]) -> Table:
+    table = Table(
+        title="Kept for backward, bytes per element",
+        caption="every storage that autograd saves, counted once. What torch keeps here is free where the next layer "
+        "keeps it too (a convolution, a linear layer): train_digits.py counts whole models.",
+    )
+    sides = [OURS, EAGER, COMPILED]
+    for heading in ("operation", "dtype", *sides, "relu_ext / torch"):
+        table.add_column(heading, justify="left" if heading in ("operation", "dtype") else "right")
+    for record in records:
+        kept = record["bytes_per_element"]
+        counts = (f"{kept[side]:g}" if side in kept else "" for side in sides)
+        table.add_row(record["operation"], record["dtype"], *counts, f"1/{1 / record['ratio']:g}")
+    return table
+
+
+def speed_table(records: list[Record], operation: Operation, dtype: str) -> Table:
+    table = Table(
+        title=f"{operation.name}, {dtype}: relu_ext against {operation.torch_name}",
+        caption="/torch, /compile: time of relu_ext divided by that of eager torch or torch.compile in the same run, "
+        "below 1 relu_ext is faster. of copy: fraction of the copy limit, the speed of the better of clone and copy_ "
+        "moving the same bytes (copy_ writes to memory it has, relu_ext to a fresh output). backward: without the "
+        "engine of autograd; fwd + bwd: with it.",
+    )
+    table.add_column("shape", no_wrap=True)
+    steps = [step for step in STEPS if any(record["step"] == step for record in records)]
+    for step in steps:
+        table.add_column(step.replace("forward + backward", "fwd + bwd"), justify="right", no_wrap=True)
+        columns = ("/torch", "of copy") if step == BACKWARD else ("/torch", "/compile", "of copy")
+        for heading in columns:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for shape in dict.fromkeys(record["shape"] for record in records):
+        row = [shape]
+        for step in steps:
+            record = next(r for r in records if r["shape"] == shape and r["step"] == step)
+            row += [duration(record["seconds"][OURS]["median"]), ratio_text(record["ratio"])]
+            row += [] if step == BACKWARD else [ratio_text(record["compile_ratio"])]
+            row += [f"{record['copy_fraction']:.2f}"]
+        table.add_row(*row)
+    return table
+
+
+def judge(target: Target, records: list[Record]) -> Record | None:
+    """The worst record of a target, and a verdict; None where the run did not measure it."""
+
+    def value(record: Record) -> Spread:
+        found = record[target.quantity]
+        return found if isinstance(found, dict) else {"median": found, "q20": found, "q80": found}
+
+    where = {"operation": target.operation, **target.where}
+    met = [r for r in records if all(r.get(key) == wanted for key, wanted in where.items())]
+    if not met:
+        return None
+    worst = max(met, key=lambda record: value(record)["median"])
+    found = value(worst)
+    verdict = "pass" if found["median"] <= target.limit else "spread" if found["q20"] <= target.limit else "miss"
+    place = ", ".join(str(worst[key]) for key in ("dtype", "shape") if key in worst)
+    return {
+        "target": target.text,
+        "limit": target.limit,
+        "worst": found,
+        "worst_at": place,
+        "records": len(met),
+        "verdict": verdict,
+    }
+
+
+def verdicts(device: str, records: list[Record]) -> list[Record]:
+    return [verdict for target in TARGETS[device] if (verdict := judge(target, records))]
+
+
+def target_table(judged: list[Record]) -> Table:
+    table = Table(
+        title="Targets",
+        caption="worst: the highest median among the cells the target covers (20 % to 80 %). "
+        "spread: the median is above the limit, the limit is within the spread of the rounds.",
+    )
+    for heading in ("target", "at most", "worst", "at", "cells", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("at most", "worst", "cells") else "left")
+    styles = {"pass": "green", "spread": "yellow", "miss": "red"}
+    for entry in judged:
+        worst, style = entry["worst"], styles[entry["verdict"]]
+        width = "" if worst["q20"] == worst["q80"] else f" ({worst['q20']:.3f} to {worst['q80']:.3f})"
+        found = f"{worst['median']:.5g}" if not width else f"{worst['median']:.3f}{width}"
+        table.add_row(
+            entry["target"],
+            f"{entry['limit']:.5g}",
+            found,
+            entry["worst_at"],
+            str(entry["records"]),
+            f"[bold {style}]{entry['verdict']}[/]",
+        )
+    return table
+
+
+def show(console: Console, about: dict[str, Any], records: list[Record], judged: list[Record]) -> None:
+    def of(section: str) -> list[Record]:
+        return [record for record in records if record["section"] == section]
+
+    console.print(f"\n[bold]{about['device']}[/]: {machine.summary(about)}", soft_wrap=True)
+    for operation in OPERATIONS:
+        for dtype in DTYPES:
+            rows = [r for r in of("speed") if (r["operation"], r["dtype"]) == (operation.name, dtype)]
+            if rows:
+                console.print(speed_table(rows, operation, dtype))
+    for table, section in ((kept_table, "kept"), (host_table, "host")):
+        if of(section):
+            console.print(table(of(section)))
+    if judged:
+        console.print(target_table(judged))

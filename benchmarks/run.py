@@ -1,0 +1,237 @@
+"""Measures relu_ext against eager torch, torch.compile and a copy; prints tables and writes JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import machine
+import report
+import torch
+from cases import (
+    BACKWARD,
+    CALL,
+    CALL_GRAD,
+    CHAIN,
+    CHAIN_BACKWARD,
+    CHAIN_TRAINING,
+    COMPILED,
+    DTYPES,
+    EAGER,
+    HOST_ELEMENTS,
+    INPLACE,
+    MODULE,
+    MODULE_GRAD,
+    OPERATIONS,
+    OURS,
+    STEPS,
+    Operation,
+    Shape,
+    shapes,
+    size_name,
+)
+from harness import Call
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import relu_ext
+
+RESULTS = Path(__file__).parent / "results" / "latest-{device}.json"
+KEPT_ELEMENTS = 2**20
+Record = dict[str, Any]
+Options = argparse.Namespace
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [operation.name for operation in OPERATIONS]
+    add = parser.add_argument
+    add("--devices", nargs="+", choices=["cpu", "cuda"], help="default: cpu, and cuda where relu_ext is built for it")
+    add("--operations", nargs="+", choices=names, default=names, help="rows of cases.py; default: all")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
+    add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
+    add("--sizes", nargs="+", type=int, metavar="N", help="elements; default: 64 to past the cache, and networks")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of all but the host time; default: %(default)s")
+    add("--seconds", type=float, default=0.3, help="on a cell of a table, or five rounds; default: %(default)s")
+    add("--quick", action="store_true", help="four sizes, a third of the time, no torch.compile: a smoke test")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--no-host", dest="host", action="store_false", help="leave the host time per call out")
+    add("--json", type=Path, default=RESULTS, help="default: benchmarks/results/latest-{device}.json")
+    options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available() and relu_ext.build_info()["cuda"]
+    if options.devices is None:
+        options.devices = ["cpu", "cuda"] if gpu else ["cpu"]
+    if "cuda" in options.devices and not gpu:
+        parser.error("--devices cuda: no GPU is visible, or relu_ext is built without CUDA (python -m relu_ext tells)")
+    if options.quick:
+        options.seconds /= 3
+        options.compile = False
+        options.sizes = options.sizes or [64, 2**14, 2**17, 2**20]
+    return options
+
+
+def compile_works(console: Console) -> bool:
+    try:
+        torch.compile(torch.relu)(torch.ones(8))
+    except Exception as error:  # whatever keeps Inductor from working here, usually a missing C++ compiler
+        console.print(f"torch.compile left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def timed(
+    section: str, operation: Operation, step: str, dtype: str, shape: Shape, samples: dict, threads: int
+) -> Record:
+    def ratio(name: str) -> harness.Spread | None:
+        pairs = zip(samples[OURS], samples.get(name, ()), strict=False)
+        return harness.spread([ours / other for ours, other in pairs]) if name in samples else None
+
+    return {
+        "section": section,
+        "operation": operation.name,
+        "step": step,
+        "dtype": dtype,
+        "shape": shape.name,
+        "elements": shape.elements,
+        "threads": threads,
+        "rounds": len(samples[OURS]),
+        "seconds": {name: harness.spread(times) for name, times in samples.items()},
+        "ratio": ratio(EAGER),
+        "compile_ratio": ratio(COMPILED),
+    }
+
+
+def host_calls(operation: Operation, device: torch.device) -> Iterator[tuple[str, dict[str, Call]]]:
+    first, *others = operands = harness.signed_random(operation.operands, (HOST_ELEMENTS,), torch.float32, device)
+    (grad,) = harness.signed_random(1, (HOST_ELEMENTS,), torch.float32, device)
+    harness.check(operation, operands, grad)
+    harness.check_other_forms(operation, operands)
+    sides = list(zip((OURS, EAGER), operation.function, strict=True))
+    yield CALL, {side: Call(function, tuple(operands)) for side, function in sides}
+    yield CALL_GRAD, {side: Call(function, harness.leaves(operands)) for side, function in sides}
+    if operation.module:
+        modules = [(side, build().to(device)) for side, build in zip((OURS, EAGER), operation.module, strict=True)]
+        yield MODULE, {side: Call(module, tuple(operands)) for side, module in modules}
+        yield MODULE_GRAD, {side: Call(module, harness.leaves(operands)) for side, module in modules}
+    if operation.inplace:
+        inplace = zip((OURS, EAGER), operation.inplace, strict=True)
+        yield INPLACE, {side: Call(function, (first.clone(), *others)) for side, function in inplace}
+    yield CHAIN_BACKWARD, {s: harness.chain_backward(f, operands, grad, CHAIN) for s, f in sides}
+    chains = [(side, harness.chain(function, CHAIN)) for side, function in sides]
+    training = {s: Call(harness.train, (f, harness.leaves(operands), grad), CHAIN) for s, f in chains}
+    yield CHAIN_TRAINING, training
+
+
+def host_records(operation: Operation, device: torch.device, seconds: float) -> Iterator[Record]:
+    shape = Shape(str(HOST_ELEMENTS), (HOST_ELEMENTS,))
+    for step, calls in host_calls(operation, device):
+        samples = harness.measure(calls, 3 * seconds, threads=1)
+        yield timed("host", operation, step, "float32", shape, samples, threads=1)
+
+
+def kept_record(operation: Operation, dtype: str, device: torch.device, compiled: bool) -> Record:
+    operands = harness.signed_random(operation.operands, (KEPT_ELEMENTS,), DTYPES[dtype], device)
+    functions = dict(zip((OURS, EAGER), operation.function, strict=True))
+    if compiled:
+        torch._dynamo.reset()
+        functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
+    kept = {side: harness.kept_bytes(function, operands) for side, function in functions.items()}
+    return {
+        "section": "kept",
+        "operation": operation.name,
+        "dtype": dtype,
+        "elements": KEPT_ELEMENTS,
+        "bytes_per_element": {side: count / KEPT_ELEMENTS for side, count in kept.items()},
+        "ratio": kept[OURS] / kept[EAGER],
+        "share_of_input": kept[OURS] / operands[0].nbytes,
+    }
+
+
+def speed_record(
+    operation: Operation, step: str, dtype: str, shape: Shape, operands: list, grad: torch.Tensor, options: Options
+) -> Record:
+    functions = dict(zip((OURS, EAGER), operation.function, strict=True))
+    # A compiled backward cannot run twice on one graph (it reuses what was kept), so it is measured in training only.
+    if options.compile and shape.compiled and step != BACKWARD:
+        torch._dynamo.reset()
+        functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
+    calls = harness.step_calls(step, functions, operands, grad) | harness.copy_calls(operands[0])
+    cuda = grad.device.type == "cuda"
+    samples = harness.measure(calls, options.seconds, options.threads, cold_l2=cuda)
+    record = timed("speed", operation, step, dtype, shape, samples, options.threads)
+    passes = operation.passes(step, grad.itemsize)
+    copy = min(record["seconds"][name]["median"] for name in ("clone", "copy_")) * passes / 2
+    return record | {
+        "bytes_moved": passes * grad.nbytes,
+        "copy_limit_seconds": copy,
+        "copy_fraction": copy / record["seconds"][OURS]["median"],
+        "in_cache": not cuda and 2 * grad.nbytes < machine.last_level_cache(),
+    }
+
+
+def speed_records(
+    operation: Operation, dtype: str, shape: Shape, device: torch.device, options: Options
+) -> Iterator[Record]:
+    operands = harness.signed_random(operation.operands, shape.dims, DTYPES[dtype], device)
+    (grad,) = harness.signed_random(1, shape.dims, DTYPES[dtype], device)
+    harness.check(operation, operands, grad)
+    for step in options.steps:
+        yield speed_record(operation, step, dtype, shape, operands, grad, options)
+
+
+def measure_all(device: torch.device, options: Options, progress: Progress) -> list[Record]:
+    operations = [operation for operation in OPERATIONS if operation.name in options.operations]
+    places = [Shape(size_name(n), (n,), compiled=True) for n in options.sizes] if options.sizes else shapes(device)
+    task = progress.add_task("", total=len(operations) * (options.host + len(options.dtypes) * (1 + len(places))))
+    records: list[Record] = []
+
+    def add(name: str, more: Iterable[Record]) -> None:
+        progress.update(task, description=f"{device.type}: {name}", refresh=True)
+        records.extend(more)
+        progress.advance(task)
+
+    if options.host:
+        # First, before Inductor is loaded: what a call costs in an eager program.
+        for operation in operations:
+            add(f"{operation.name}, host time", host_records(operation, device, options.seconds))
+    options.compile = options.compile and compile_works(progress.console)
+    for operation in operations:
+        for dtype in options.dtypes:
+            add(f"{operation.name}, {dtype}, kept", [kept_record(operation, dtype, device, options.compile)])
+            for shape in places:
+                name = f"{operation.name}, {dtype}, {shape.name}"
+                add(name, speed_records(operation, dtype, shape, device, options))
+    return records
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    # A log has no width of its own; 80 columns would fold the tables.
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    for name in options.devices:
+        device, start, others = torch.device(name), time.perf_counter(), machine.OtherLoad()
+        progress = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+        with progress:
+            records = measure_all(device, options, progress)
+        verdicts = report.verdicts(name, records)
+        about = machine.describe(device, options.threads)
+        about |= {"seconds": time.perf_counter() - start, "other_processes": others.share()}
+        report.show(console, about, records, verdicts)
+        path = Path(str(options.json).format(device=name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**about, "targets": verdicts, "records": records}, indent=1) + "\n")
+        busy = about["other_processes"]
+        disturbed = "" if busy is None else f"; other processes took {busy:.0%} of the machine's CPU time meanwhile"
+        console.print(f"{about['seconds']:.0f} s{disturbed}; written to {path}")
+
+
+if __name__ == "__main__":
+    main()
