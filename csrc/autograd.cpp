@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <initializer_list>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -42,6 +43,23 @@ std::pair<NodePtr, T*> make_node(Args&&... args) {
     T* const raw = node.get();
     return {NodePtr(std::move(node)), raw};
   }
+}
+
+// call(), shown by the profiler under this name. As the dispatcher does it: without a profiler nothing is constructed.
+template <class Call>
+auto recorded(const char* name, std::initializer_list<const Tensor*> inputs, bool history, Call call) {
+  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+  if (!callbacks) return call();
+  at::RecordFunction guard(std::move(*callbacks));
+  const int64_t sequence = history ? int64_t(at::sequence_number::peek()) : -1;  // leads the profiler to the backward
+  if (guard.needsInputs()) {
+    std::vector<c10::IValue> values;
+    for (const Tensor* input : inputs) values.emplace_back(*input);
+    guard.before(name, &values, sequence);
+  } else {
+    guard.before(name, sequence);
+  }
+  return call();
 }
 
 // The registered operators, through the dispatcher.
@@ -96,6 +114,7 @@ struct BitsBackward final : Node {
 
   // Compiled autograd: what the graph depends on, and the same gradient as a function of tensors that it can trace.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(std::string(operation_->name));
     args.collect(bits_, /*is_output=*/false);
     args.collect(c10::SymIntArrayRef(stride_));
   }
@@ -178,10 +197,12 @@ Tensor gradient(const Operation& operation, const Tensor& grad, const Tensor& bi
   if (taken == Road::definition || effective_keys(bits) - keys::ours != keys - keys::ours)
     return gradient_definition(operation, grad, bits, stride);
   if (taken == Road::operators) return registered(operation).backward.call(grad, bits, stride);
-  RECORD_FUNCTION(operation.recorded_back, std::vector<c10::IValue>({grad, bits}));
   const auto concrete = C10_AS_INTARRAYREF_SLOW(stride);
-  if (!records_history(grad, keys)) return launch::backward(operation, grad, bits, concrete);
-  return gradient_with_history(operation, grad, bits, concrete, launch::backward);
+  const bool history = records_history(grad, keys);
+  return recorded(operation.recorded_back, {&grad, &bits}, history, [&] {
+    if (!history) return launch::backward(operation, grad, bits, concrete);
+    return gradient_with_history(operation, grad, bits, concrete, launch::backward);
+  });
 }
 
 template <class Call>
@@ -203,45 +224,45 @@ std::optional<Tensor> apply(const Operation& operation, const Tensor& input) {
   const auto keys = effective_keys(input);
   const Road taken = road(input, keys);
   if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return std::nullopt;
-  const bool records = records_history(input, keys);
+  const bool history = records_history(input, keys);
   // What is kept for backward must not depend on modes; without history nothing is kept, and the definition serves.
   if (taken == Road::operators) {
-    if (!records) return std::nullopt;
+    if (!history) return std::nullopt;
     return std::get<0>(registered(operation).forward.call(input));
   }
-  RECORD_FUNCTION(operation.recorded, std::vector<c10::IValue>({input}),
-                  records ? int64_t(at::sequence_number::peek()) : -1);
-  if (!records) return launch::forward(operation, input);
-  return std::get<0>(forward_with_history(operation, input, launch::forward_bits));
+  return recorded(operation.recorded, {&input}, history, [&] {
+    if (!history) return launch::forward(operation, input);
+    return std::get<0>(forward_with_history(operation, input, launch::forward_bits));
+  });
 }
 
 bool apply_(const Operation& operation, const Tensor& input) {
   const auto keys = effective_keys(input);
   const Road taken = road(input, keys);
   if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return false;
-  const bool records = records_history(input, keys);
-  if (taken == Road::operators && !records) return false;
-  torch::autograd::check_inplace(input, records);
-  RECORD_FUNCTION(operation.recorded_, std::vector<c10::IValue>({input}),
-                  records ? int64_t(at::sequence_number::peek()) : -1);
+  const bool history = records_history(input, keys);
+  if (taken == Road::operators && !history) return false;
+  torch::autograd::check_inplace(input, history);
   const auto bump_version = [&] {
     if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
   };
-  if (!records) {
-    launch::forward_(operation, input);
+  recorded(operation.recorded_, {&input}, history, [&] {
+    if (!history) {
+      launch::forward_(operation, input);
+      return bump_version();
+    }
+    // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new
+    // version.
+    const auto [node, raw] = node_after(operation, input, input.sym_strides());
+    const Tensor bits = taken == Road::kernel ? launch::forward_bits_(operation, input) : below_autograd([&] {
+      auto [output, bits] = registered(operation).forward.call(input);
+      input.copy_(output);
+      return bits;
+    });
     bump_version();
-    return true;
-  }
-  // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new version.
-  const auto [node, raw] = node_after(operation, input, input.sym_strides());
-  const Tensor bits = taken == Road::kernel ? launch::forward_bits_(operation, input) : below_autograd([&] {
-    auto [output, bits] = registered(operation).forward.call(input);
-    input.copy_(output);
-    return bits;
+    torch::autograd::rebase_history(input, node);
+    raw->bits_ = SavedVariable(bits, /*is_output=*/false);
   });
-  bump_version();
-  torch::autograd::rebase_history(input, node);
-  raw->bits_ = SavedVariable(bits, /*is_output=*/false);
   return true;
 }
 

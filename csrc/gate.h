@@ -15,7 +15,7 @@ namespace relu_ext {
 
 enum class Road {
   kernel,      // plain: the kernels, called directly
-  operators,   // plain but for dispatch modes that watch: the registered operators, so that the modes see them
+  operators,   // plain, inside of modes that watch or of transforms of other tensors: the registered operators
   definition,  // all else: the line of ATen that defines the operation
 };
 
@@ -43,7 +43,11 @@ using c10::DispatchKeySet;
 inline constexpr DispatchKeySet ours({DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect,
                                       DispatchKey::AutogradFunctionality, DispatchKey::AutocastCPU,
                                       DispatchKey::AutocastCUDA});
-inline constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot});
+// What a thread carries inside of dispatch modes and functorch transforms, also for tensors that have no part in them.
+inline constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot,
+                                       DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                       DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::FuncTorchVmapMode,
+                                       DispatchKey::VmapMode});
 inline constexpr DispatchKeySet autograd(DispatchKey::AutogradFunctionality);
 inline constexpr DispatchKeySet inplace(DispatchKey::ADInplaceOrView);
 inline constexpr DispatchKeySet dense_cpu(DispatchKey::CPU);

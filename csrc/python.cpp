@@ -1,5 +1,5 @@
-// What Python sees: for every row of the table NAME(input) and NAME_(input), which return NotImplemented where the
-// operation's ATen line must run instead; and the facts of this build.
+// What Python sees: for every row of the table NAME(input, inplace) and NAME_(input), which return NotImplemented where
+// the operation's ATen line must run instead; and the facts of this build.
 //
 // The entries use the C API: through pybind11 a call takes about a tenth longer.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -30,7 +30,9 @@ bool is_device_context(PyObject* mode) {
 bool function_modes_allow() {
   if (!at::impl::torch_function_mode_enabled()) return true;
   using Modes = at::impl::PythonTorchFunctionTLS;
-  return Modes::stack_len() == 1 && is_device_context(Modes::get_stack_at(0)->ptr(getPyInterpreter()));
+  for (int64_t i = 0; i < Modes::stack_len(); ++i)
+    if (!is_device_context(Modes::get_stack_at(i)->ptr(getPyInterpreter()))) return false;
+  return true;
 }
 
 // Below this many elements a kernel ends sooner than other threads could use the interpreter lock.
@@ -43,25 +45,36 @@ auto without_gil(const at::Tensor& input, Call call) {
   return call();
 }
 
+// Both give nullptr where the operation's ATen line must run.
+PyObject* call(const Operation& operation, PyObject* input) {
+  if (!THPVariable_CheckExact(input) || !function_modes_allow()) return nullptr;
+  const at::Tensor& tensor = THPVariable_Unpack(input);
+  auto output = without_gil(tensor, [&] { return apply(operation, tensor); });
+  return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
+}
+PyObject* call_(const Operation& operation, PyObject* input) {
+  if (!THPVariable_CheckExact(input) || !function_modes_allow()) return nullptr;
+  const at::Tensor& tensor = THPVariable_Unpack(input);
+  return without_gil(tensor, [&] { return apply_(operation, tensor); }) ? Py_NewRef(input) : nullptr;
+}
+
+// NAME(input, inplace). An inplace that is no bool (a symbol of torch.fx, say) is left to the ATen line.
 template <size_t row>
-PyObject* entry(PyObject*, PyObject* input) {
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (THPVariable_CheckExact(input) && function_modes_allow()) {
-    const at::Tensor& tensor = THPVariable_Unpack(input);
-    auto output = without_gil(tensor, [&] { return apply(operations[row], tensor); });
-    if (output) return THPVariable_Wrap(std::move(*output));
-  }
+  PyObject* output = nullptr;
+  if (count == 2 && args[1] == Py_False) output = call(operations[row], args[0]);
+  if (count == 2 && args[1] == Py_True) output = call_(operations[row], args[0]);
+  if (output) return output;
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }
 
+// NAME_(input).
 template <size_t row>
 PyObject* entry_(PyObject*, PyObject* input) {
   HANDLE_TH_ERRORS
-  if (THPVariable_CheckExact(input) && function_modes_allow()) {
-    const at::Tensor& tensor = THPVariable_Unpack(input);
-    if (without_gil(tensor, [&] { return apply_(operations[row], tensor); })) return Py_NewRef(input);
-  }
+  if (PyObject* output = call_(operations[row], input)) return output;
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }
@@ -69,9 +82,11 @@ PyObject* entry_(PyObject*, PyObject* input) {
 template <size_t... rows>
 PyMethodDef* methods(std::index_sequence<rows...>) {
   static const std::string names_[] = {std::string(operations[rows].name) + "_" ...};
-  static PyMethodDef table[] = {{operations[rows].name, entry<rows>, METH_O, nullptr}...,
-                                {names_[rows].c_str(), entry_<rows>, METH_O, nullptr}...,
-                                {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef table[] = {
+      {operations[rows].name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<rows>)), METH_FASTCALL,
+       nullptr}...,
+      {names_[rows].c_str(), entry_<rows>, METH_O, nullptr}...,
+      {nullptr, nullptr, 0, nullptr}};
   return table;
 }
 

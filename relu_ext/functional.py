@@ -32,15 +32,15 @@ def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
     return function
 
 
-def _unary(kernel: Callable, kernel_: Callable) -> Callable:
+def _unary(kernel: Callable) -> Callable:
     """Decorates the definition of ``operation(input, inplace=False)``.
 
-    ``kernel(input)`` and ``kernel_(input)`` return NotImplemented for what they leave to the definition.
+    ``kernel(input, inplace)`` returns NotImplemented for what it leaves to the definition.
     """
 
     def decorate(definition: Callable) -> Callable:
         def function(input, inplace=False):
-            output = kernel_(input) if inplace else kernel(input)
+            output = kernel(input, inplace)
             return definition(input, inplace) if output is NotImplemented else output
 
         return _seen_by_compilers(function, definition)
@@ -61,7 +61,7 @@ def _unary_(kernel_: Callable) -> Callable:
     return decorate
 
 
-@_unary(_C.relu, _C.relu_)
+@_unary(_C.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` element by element; a drop-in for :func:`torch.nn.functional.relu`.
 
