@@ -23,8 +23,8 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 # -fno-trapping-math lets g++ turn selections into vector blends, without a change to any result; -ffp-contract=off
 # keeps results equal on every instruction set. Never -ffast-math: NaN and infinities are part of the contract.
-# -falign-loops=64: these loops are a few instructions long, and one that crosses a cache line of code takes up to twice
-# the time in the first-level cache (AVX2 relu of 4096 floats on an EPYC 7003: 0.33 us where it crosses, else 0.17).
+# -falign-loops=64: these loops are a few instructions long, and one that crosses a cache line of code took up to twice
+# the time in the first-level cache (AVX2 on an EPYC 7003).
 FLAGS = [
     *("-O3", "-g0", "-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off", "-falign-loops=64"),
     *("-fvisibility=hidden", "-fopenmp"),

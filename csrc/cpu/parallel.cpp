@@ -11,9 +11,9 @@
 namespace relu_ext::cpu {
 namespace {
 
-// A thread's smallest share, in elements: torch's own for elementwise operations. Two threads gain from between two and
-// four shares on, whatever the element type (2 cores of an EPYC 7003, AVX2, forward with bits; at one share they
-// take 1.4 times as long as one), so parallel_for, which would divide anything above one share, is not asked below two.
+// A thread's smallest share, in elements: torch's own for elementwise operations. From two shares on, two threads take
+// less time than one (benchmarks/run.py --sizes 65536 131072, --threads 1 against 2, on 2 cores of an EPYC 7003);
+// parallel_for would divide anything above one share, so it is not asked below two.
 constexpr int64_t grain = 32768;
 
 template <class Work>
