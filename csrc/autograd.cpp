@@ -30,7 +30,7 @@ using torch::autograd::variable_list;
 
 using Outputs = std::tuple<Tensor, Tensor>;  // output, bits
 
-// torch 2.11 and 2.12 hold nodes in a std::shared_ptr and free them with deleteNode, 2.13 in a c10::intrusive_ptr.
+// torch 2.11 holds nodes in a std::shared_ptr and frees them with deleteNode, 2.13 in a c10::intrusive_ptr.
 using NodePtr = decltype(torch::autograd::Edge::function);
 
 template <class T, class... Args>

@@ -1,7 +1,7 @@
 // What Python sees: for every row of the table NAME(input, inplace) and NAME_(input), which return NotImplemented where
 // the operation's ATen line must run instead; and the facts of this build.
 //
-// The entries use the C API: through pybind11 a call takes about a tenth longer.
+// The entries use the C API: every call of a layer goes through them, and pybind11 would add to its time.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
