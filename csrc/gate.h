@@ -39,7 +39,7 @@ namespace keys {
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// Autograd is ours to honour (records_history, bumps_version). Autocast: relu has no rule for it in PyTorch either.
+// Autograd is ours to honour (records_history, increment_version). Autocast: relu has no rule for it in PyTorch either.
 inline constexpr DispatchKeySet ours({DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect,
                                       DispatchKey::AutogradFunctionality, DispatchKey::AutocastCPU,
                                       DispatchKey::AutocastCUDA});

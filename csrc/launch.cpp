@@ -1,10 +1,8 @@
 #include "launch.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/record_function.h>
 
 #include <algorithm>
 
@@ -92,14 +90,11 @@ Tensor forward(const Operation& operation, const Tensor& input) {
 
 std::tuple<Tensor, Tensor> forward_bits(const Operation& operation, const Tensor& input) {
   checked_dtype(input);
-  Tensor output, source = input;
-  if (input.is_non_overlapping_and_dense()) {
-    output = allocate_like(input);
-  } else {
-    output = source = at::empty_like(input).copy_(input);
-  }
+  const bool dense = input.is_non_overlapping_and_dense();
+  Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
   Tensor bits = allocate_bits(input.numel());
-  run_forward(operation, source, output, bits.mutable_data_ptr<uint8_t>());
+  // No copy of the handle: a second reference to a tensor that Python owns takes the interpreter lock in torch 2.13.
+  run_forward(operation, dense ? input : output, output, bits.mutable_data_ptr<uint8_t>());
   return {std::move(output), std::move(bits)};
 }
 
