@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "kernels.h"
+#include "backend.h"
 
 namespace relu_ext {
 
@@ -51,7 +51,13 @@ inline constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonT
 inline constexpr DispatchKeySet autograd(DispatchKey::AutogradFunctionality);
 inline constexpr DispatchKeySet inplace(DispatchKey::ADInplaceOrView);
 inline constexpr DispatchKeySet dense_cpu(DispatchKey::CPU);
+inline constexpr DispatchKeySet dense_cuda(DispatchKey::CUDA);
 }  // namespace keys
+
+// Nothing but the dense backend of a device that this build has kernels for?
+inline bool is_plain(c10::DispatchKeySet effective) {
+  return effective == keys::dense_cpu || (cuda::built && effective == keys::dense_cuda);
+}
 
 // Modes that trace (fake, proxy, functional) have a slot of their own in PyTorch; all others only watch.
 inline bool modes_only_watch() {
@@ -65,12 +71,13 @@ inline bool modes_only_watch() {
 // For a tensor whose effective keys these are. The memory's layout is the caller's question.
 inline Road road(const at::Tensor& tensor, c10::DispatchKeySet effective) {
   const auto rest = effective - keys::ours;
-  if (rest != keys::dense_cpu &&
-      (rest - keys::modes != keys::dense_cpu || tensor.key_set().has(c10::DispatchKey::Python) || !modes_only_watch()))
+  const bool plain = is_plain(rest);
+  if (!plain &&
+      (!is_plain(rest - keys::modes) || tensor.key_set().has(c10::DispatchKey::Python) || !modes_only_watch()))
     return Road::definition;
   if (!dtype_of(tensor)) return Road::definition;
   if (tensor._fw_grad(/*level=*/0).defined()) return Road::definition;  // a dual tensor has no key of its own
-  return rest == keys::dense_cpu ? Road::kernel : Road::operators;
+  return plain ? Road::kernel : Road::operators;
 }
 
 // Does PyTorch record a call with this tensor in the autograd graph?

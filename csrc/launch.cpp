@@ -1,12 +1,13 @@
 #include "launch.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <optional>
 
-#include "cpu/parallel.h"
+#include "backend.h"
 #include "gate.h"
 
 namespace relu_ext::launch {
@@ -14,29 +15,25 @@ namespace {
 
 using at::Tensor;
 
-Tensor expecting_writes(Tensor output) {
-  cpu::expect_writes(output.mutable_data_ptr(), int64_t(output.nbytes()));
-  return output;
+// The device whose queue and memory serve the call; the CPU has no current one to be set.
+std::optional<c10::Device> device_to_set(const Tensor& tensor) {
+  return tensor.is_cpu() ? std::nullopt : std::optional(tensor.device());
 }
 
-// Uninitialised.
-Tensor allocate(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
-  return expecting_writes(at::detail::empty_strided_cpu(sizes, strides, dtype));
-}
-
-// The same with the strides that TensorIterator gives the output of an elementwise operation on a dense input.
+// Uninitialised, with the strides that TensorIterator gives the output of an elementwise operation on a dense input.
 Tensor allocate_like(const Tensor& input) {
-  if (input.is_contiguous()) return expecting_writes(at::detail::empty_cpu(input.sizes(), input.scalar_type()));
-  if (input.is_contiguous(at::MemoryFormat::ChannelsLast))
-    return expecting_writes(at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false,
-                                                  at::MemoryFormat::ChannelsLast));
-  return allocate(input.sizes(), input.strides(), input.scalar_type());
+  const Backend& backend = backend_of(input);
+  for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast})
+    if (input.is_contiguous(format)) return backend.empty(input.sizes(), input.scalar_type(), format);
+  return backend.empty_strided(input.sizes(), input.strides(), input.scalar_type());
 }
 
-Tensor allocate_bits(int64_t numel) { return at::detail::empty_cpu({bytes_of_bits(numel)}, at::kByte); }
+Tensor allocate_bits(const Tensor& input) {
+  return backend_of(input).empty({bytes_of_bits(input.numel())}, at::kByte, at::MemoryFormat::Contiguous);
+}
 
 void run_forward(const Operation& operation, const Tensor& input, const Tensor& output, uint8_t* bits) {
-  cpu::parallel_forward(
+  backend_of(input).forward(
       {operation.activation, checked_dtype(input), input.const_data_ptr(), output.mutable_data_ptr(), bits},
       input.numel());
 }
@@ -83,6 +80,7 @@ void check_backward(const Tensor& grad, const Tensor& bits, bool bits_fit, c10::
 }
 
 Tensor forward(const Operation& operation, const Tensor& input) {
+  const c10::OptionalDeviceGuard device(device_to_set(input));
   Tensor output = allocate_like(input);
   run_forward(operation, input, output, nullptr);
   return output;
@@ -90,18 +88,23 @@ Tensor forward(const Operation& operation, const Tensor& input) {
 
 std::tuple<Tensor, Tensor> forward_bits(const Operation& operation, const Tensor& input) {
   checked_dtype(input);
+  const c10::OptionalDeviceGuard device(device_to_set(input));
   const bool dense = input.is_non_overlapping_and_dense();
   Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
-  Tensor bits = allocate_bits(input.numel());
+  Tensor bits = allocate_bits(input);
   // No copy of the handle: a second reference to a tensor that Python owns takes the interpreter lock in torch 2.13.
   run_forward(operation, dense ? input : output, output, bits.mutable_data_ptr<uint8_t>());
   return {std::move(output), std::move(bits)};
 }
 
-void forward_(const Operation& operation, const Tensor& input) { run_forward(operation, input, input, nullptr); }
+void forward_(const Operation& operation, const Tensor& input) {
+  const c10::OptionalDeviceGuard device(device_to_set(input));
+  run_forward(operation, input, input, nullptr);
+}
 
 Tensor forward_bits_(const Operation& operation, const Tensor& input) {
-  Tensor bits = allocate_bits(input.numel());
+  const c10::OptionalDeviceGuard device(device_to_set(input));
+  Tensor bits = allocate_bits(input);
   run_forward(operation, input, input, bits.mutable_data_ptr<uint8_t>());
   return bits;
 }
@@ -111,15 +114,16 @@ Tensor backward(const Operation& operation, const Tensor& grad, const Tensor& bi
   check_backward(grad, bits, bits.numel() == bytes_of_bits(grad.numel()), c10::fromIntArrayRefUnchecked(stride));
   TORCH_CHECK(is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
               " are not those of a dense tensor of shape ", grad.sizes());
-  Tensor output = allocate(grad.sizes(), stride, grad.scalar_type());
+  const c10::OptionalDeviceGuard device(device_to_set(grad));
+  Tensor output = backend_of(grad).empty_strided(grad.sizes(), stride, grad.scalar_type());
   const Tensor* source = &grad;
   if (!same_layout(grad.sizes(), grad.strides(), stride)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     source = &output.copy_(grad);
   }
-  cpu::parallel_backward({operation.activation, dtype, source->const_data_ptr(), bits.const_data_ptr<uint8_t>(),
-                          output.mutable_data_ptr()},
-                         grad.numel());
+  backend_of(grad).backward({operation.activation, dtype, source->const_data_ptr(), bits.const_data_ptr<uint8_t>(),
+                             output.mutable_data_ptr()},
+                            grad.numel());
   return output;
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "autograd.h"
+#include "backend.h"
 #include "launch.h"
 
 namespace relu_ext {
@@ -62,11 +63,16 @@ TORCH_LIBRARY(relu_ext, library) {
   });
 }
 
-TORCH_LIBRARY_IMPL(relu_ext, CPU, library) {
+void implement_on_device(torch::Library& library) {
   for_rows([&](auto row) {
     library.impl(forward_name(row).c_str(), &Kernels<row>::forward);
     library.impl(backward_name(row).c_str(), &Kernels<row>::backward);
   });
+}
+
+TORCH_LIBRARY_IMPL(relu_ext, CPU, library) { implement_on_device(library); }
+TORCH_LIBRARY_IMPL(relu_ext, CUDA, library) {
+  if (cuda::built) implement_on_device(library);
 }
 
 TORCH_LIBRARY_IMPL(relu_ext, Meta, library) {

@@ -35,13 +35,14 @@ bool function_modes_allow() {
   return true;
 }
 
-// Below this many elements a kernel ends sooner than other threads could use the interpreter lock.
+// Below this many elements a CPU kernel ends sooner than other threads could use the interpreter lock. A call on a GPU
+// may always wait, for memory.
 constexpr int64_t short_work = 4096;
 
 template <class Call>
 auto without_gil(const at::Tensor& input, Call call) {
   std::optional<py::gil_scoped_release> release;
-  if (input.numel() > short_work) release.emplace();
+  if (input.numel() > short_work || !input.is_cpu()) release.emplace();
   return call();
 }
 

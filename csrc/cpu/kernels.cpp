@@ -1,30 +1,10 @@
-// From a description of the work to the loop that does it: element type and activation are template arguments from here
-// on.
+// From a description of the work to the loop that does it.
 #include "../kernels.h"
 
+#include "../dispatch.h"
 #include "loops.h"
 
 namespace relu_ext::cpu {
-namespace {
-
-template <class Body>
-void with_dtype(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::float32: return body(float{});
-    case Dtype::float64: return body(double{});
-    case Dtype::float16: return body(half{});
-    case Dtype::bfloat16: return body(bfloat16{});
-  }
-}
-
-template <class Body>
-void with_activation(relu_ext::Activation activation, Body body) {
-  switch (activation) {
-    case relu_ext::Activation::relu: return body(Relu{});
-  }
-}
-
-}  // namespace
 
 void forward(const Forward& work, int64_t begin, int64_t end) {
   with_dtype(work.dtype, [&](auto element) {

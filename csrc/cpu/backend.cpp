@@ -1,5 +1,7 @@
-#include "parallel.h"
+// The CPU for the torch-facing code: its memory, and the kernels on all threads of torch's pool.
+#include "../backend.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -11,13 +13,26 @@
 namespace relu_ext::cpu {
 namespace {
 
+at::Tensor expecting_writes(at::Tensor output) {
+  expect_writes(output.mutable_data_ptr(), int64_t(output.nbytes()));
+  return output;
+}
+
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::MemoryFormat format) {
+  return expecting_writes(at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format));
+}
+
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef stride, at::ScalarType dtype) {
+  return expecting_writes(at::detail::empty_strided_cpu(sizes, stride, dtype));
+}
+
 // A thread's smallest share, in elements: torch's own for elementwise operations. From two shares on, two threads take
 // less time than one (benchmarks/run.py --sizes 65536 131072, --threads 1 against 2, on 2 cores of an EPYC 7003);
 // parallel_for would divide anything above one share, so it is not asked below two.
 constexpr int64_t grain = 32768;
 
-template <class Work>
-void parallel(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t numel) {
+template <class Work, void (*run)(const Work&, int64_t, int64_t)>
+void parallel(const Work& work, int64_t numel) {
   if (numel < 2 * grain) return run(work, 0, numel);
   const int64_t blocks = (numel - 1) / alignment + 1;
   at::parallel_for(0, blocks, grain / alignment,
@@ -26,7 +41,6 @@ void parallel(void (*run)(const Work&, int64_t, int64_t), const Work& work, int6
 
 }  // namespace
 
-void parallel_forward(const Forward& work, int64_t numel) { parallel(forward, work, numel); }
-void parallel_backward(const Backward& work, int64_t numel) { parallel(backward, work, numel); }
+const Backend backend{empty, empty_strided, parallel<Forward, forward>, parallel<Backward, backward>};
 
 }  // namespace relu_ext::cpu

@@ -1,0 +1,74 @@
+// From a description of the work to the kernel that does it, and its launch.
+#include <cstdint>
+#include <type_traits>
+
+#include "../dispatch.h"
+#include "kernels.cuh"
+#include "kernels.h"
+
+namespace relu_ext::cuda {
+namespace {
+
+// Four vectors a thread keep 64 bytes of it in flight; where that leaves multiprocessors without a block, one vector a
+// thread makes four times as many blocks.
+using Large = Tile<256, 4>;
+using Small = Tile<256, 1>;
+
+// Blocks of 256 threads that run at once on the largest chips of today: 2048 threads on each of 108 (A100), 132 (H100,
+// H200) or 148 (B200) multiprocessors.
+constexpr int64_t blocks_at_once = 1024;
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                   std::common_type_t<Parameters>... arguments) {
+  void* pointers[] = {&arguments...};
+  return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream);
+}
+
+// body(T{}, act, Tile{}, aligned), all of them types; memory: what the kernel reads and writes as T.
+template <class Body>
+cudaError_t with_types(Dtype dtype, Activation activation, int64_t numel, const void* from, const void* to, Body body) {
+  if (numel == 0) return cudaSuccess;
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
+  return with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_activation(activation, [&](auto act) {
+      if (!is_aligned) return body(element, act, Small{}, std::false_type{});
+      if (numel < blocks_at_once * elements_of<T, Large>) return body(element, act, Small{}, std::true_type{});
+      return body(element, act, Large{}, std::true_type{});
+    });
+  });
+}
+
+template <class T, class Tile>
+int64_t blocks(int64_t numel) {
+  return (numel - 1) / elements_of<T, Tile> + 1;
+}
+
+}  // namespace
+
+cudaError_t forward(const Forward& work, int64_t numel, cudaStream_t stream) {
+  return with_types(work.dtype, work.activation, numel, work.input, work.output,
+                    [&](auto element, auto act, auto tile, auto aligned) {
+                      using T = decltype(element);
+                      using Tile = decltype(tile);
+                      constexpr bool whole = decltype(aligned)::value;
+                      const auto kernel = work.bits ? forward_kernel<T, Tile, whole, true, decltype(act)>
+                                                    : forward_kernel<T, Tile, whole, false, decltype(act)>;
+                      return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act,
+                                    static_cast<const T*>(work.input), static_cast<T*>(work.output), work.bits, numel);
+                    });
+}
+
+cudaError_t backward(const Backward& work, int64_t numel, cudaStream_t stream) {
+  return with_types(work.dtype, work.activation, numel, work.grad, work.output,
+                    [&](auto element, auto act, auto tile, auto aligned) {
+                      using T = decltype(element);
+                      using Tile = decltype(tile);
+                      const auto kernel = backward_kernel<T, Tile, decltype(aligned)::value, decltype(act)>;
+                      return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act,
+                                    static_cast<const T*>(work.grad), work.bits, static_cast<T*>(work.output), numel);
+                    });
+}
+
+}  // namespace relu_ext::cuda

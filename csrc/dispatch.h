@@ -1,0 +1,29 @@
+// From the names in kernels.h to types: element type and activation are template arguments from here on.
+#pragma once
+#include "activations.h"
+#include "kernels.h"
+
+namespace relu_ext {
+
+// body(T{}), T being the element type of this name.
+template <class Body>
+auto with_dtype(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::float32: return body(float{});
+    case Dtype::float64: return body(double{});
+    case Dtype::float16: return body(half{});
+    case Dtype::bfloat16: return body(bfloat16{});
+  }
+  __builtin_unreachable();
+}
+
+// body(act), act being the struct of this name.
+template <class Body>
+auto with_activation(Activation activation, Body body) {
+  switch (activation) {
+    case Activation::relu: return body(Relu{});
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace relu_ext
