@@ -1,4 +1,4 @@
-// What a backend offers to the torch-facing code: plain pointers, no torch.
+// The work that a backend is given: plain pointers to its device's memory, no torch.
 //
 // The bits. Bit i % 8 of byte i / 8 belongs to element i in memory order (numpy.packbits(bitorder="little")): 1 where
 // the activation keeps its input. n elements have (n + 7) / 8 bytes; the spare bits of the last one are 0. The same on

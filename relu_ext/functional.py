@@ -66,8 +66,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` element by element; a drop-in for :func:`torch.nn.functional.relu`.
 
     Args:
-        input: any shape, layout and dtype that ``torch.relu`` takes. Dense float32, float64, float16 and bfloat16
-            tensors on the CPU take the kernels, everything else ``torch.relu`` itself.
+        input: any shape, layout, dtype and device that ``torch.relu`` takes. Dense float32, float64, float16 and
+            bfloat16 tensors on the CPU, and on CUDA devices where the build has kernels for them, take the kernels,
+            everything else ``torch.relu`` itself.
         inplace: overwrite ``input`` and return it.
 
     Returns:
