@@ -11,9 +11,10 @@ from .version import __version__
 def build_info() -> dict[str, Any]:
     """Facts of this build and of what runs, as ``python -m relu_ext`` prints them.
 
-    ``cuda`` is the CUDA version of the kernels or None, ``cuda_archs`` their GPU architectures; ``isas_compiled`` are
-    the instruction sets in the extension, ``isas_supported`` those of them that this CPU has, ``isa`` the one in use:
-    the best, or what the environment variable ``RELU_EXT_ISA`` names.
+    ``cuda`` is the CUDA version of the kernels or None, ``cuda_archs`` what they were compiled for (``sm_90`` machine
+    code, ``compute_120`` PTX for later GPUs), ``cuda_note`` why they were or were not built; ``isas_compiled`` are the
+    instruction sets in the extension, ``isas_supported`` those of them that this CPU has, ``isa`` the one in use: the
+    best, or what the environment variable ``RELU_EXT_ISA`` names.
     """
     return {
         "version": __version__,
@@ -23,6 +24,7 @@ def build_info() -> dict[str, Any]:
         "compiler": _build.COMPILER,
         "cuda": _build.CUDA,
         "cuda_archs": list(_build.CUDA_ARCHS),
+        "cuda_note": _build.CUDA_NOTE,
         "isas_compiled": _C.isas_compiled(),
         "isas_supported": _C.isas_supported(),
         "isa": _C.isa(),
