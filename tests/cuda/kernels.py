@@ -1,0 +1,216 @@
+"""The real CUDA kernels, built by g++ for the CPU over the emulated CUDA language, and their launchers for NumPy.
+
+python kernels.py [plain|sanitized] [pytest's arguments] builds them and runs their tests, for `sanitized` under
+AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from ctypes import c_int, c_int64, c_uint, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILT = ROOT / "build" / "emulated"
+
+CXX = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+VARIANTS = {
+    "plain": ["-O1"],
+    "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+def build(source: Path, target: Path, flags: Iterable[str], csrc: Path = ROOT / "csrc") -> Path:
+    """Compiles and links one file over the emulator, unless target is newer than all it may be made of."""
+    made_of = [source, *(path for folder in (HERE / "emulator", csrc) for path in folder.rglob("*") if path.is_file())]
+    if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in made_of):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_suffix(f".{os.getpid()}")
+    subprocess.run([CXX, *FLAGS, *flags, f"-I{HERE / 'emulator'}", f"-I{csrc}", source, "-o", new], check=True)
+    return new.replace(target)
+
+
+def build_library(variant: str, target: Path | None = None, csrc: Path = ROOT / "csrc") -> Path:
+    return build(
+        HERE / "kernels.cpp", target or BUILT / f"{variant}.so", [*VARIANTS[variant], "-shared", "-fPIC"], csrc
+    )
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """An element type as NumPy sees it: bits are its elements as integers, values the numbers that they stand for."""
+
+    name: str
+    code: int
+    word: type
+    infinity: int
+    values: Callable
+
+    @property
+    def bytes(self) -> int:
+        return np.dtype(self.word).itemsize
+
+    @property
+    def sign(self) -> int:
+        return 1 << (8 * self.bytes - 1)
+
+    def __str__(self):
+        return self.name
+
+
+def names_of(enum: str) -> list[str]:
+    """An enum's names in csrc/kernels.h, in order."""
+    text = (ROOT / "csrc" / "kernels.h").read_text()
+    return re.search(rf"enum class {enum} : uint8_t {{ (.*) }};", text)[1].split(", ")
+
+
+CODES = {name: code for code, name in enumerate(names_of("Dtype"))}
+DTYPES = [
+    Dtype("float32", CODES["float32"], np.uint32, 0xFF << 23, lambda bits: bits.view(np.float32)),
+    Dtype("float64", CODES["float64"], np.uint64, 0x7FF << 52, lambda bits: bits.view(np.float64)),
+    Dtype("float16", CODES["float16"], np.uint16, 0x1F << 10, lambda bits: bits.view(np.float16)),
+    Dtype(
+        "bfloat16",
+        CODES["bfloat16"],
+        np.uint16,
+        0xFF << 7,
+        lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The maths of an activation again, in NumPy. Elements come and go as integers, so that every bit counts."""
+
+    name: str
+    keep: Callable  # values -> bool
+    forward: Callable  # (elements, keep) -> elements
+    backward: Callable  # (elements, keep) -> elements
+
+    @cached_property
+    def code(self) -> int:
+        return names_of("Activation").index(self.name)
+
+    def __str__(self):
+        return self.name
+
+
+def where_kept(elements, keep):
+    return np.where(keep, elements, elements.dtype.type(0))
+
+
+ACTIVATIONS = [
+    Activation("relu", keep=lambda values: ~(values <= 0), forward=where_kept, backward=where_kept),
+]
+
+
+class Dim3(ctypes.Structure):
+    _fields_ = [("x", c_uint), ("y", c_uint), ("z", c_uint)]
+
+
+class Launch(ctypes.Structure):
+    """emulator::Launch."""
+
+    _fields_ = [("stream", c_void_p), ("grid", Dim3), ("block", Dim3)]
+
+
+class Kernels:
+    """The launchers of a built library; memory is given by its address."""
+
+    def __init__(self, library: Path):
+        self.library = ctypes.CDLL(str(library))
+        pointers = {"forward": [c_void_p] * 3, "backward": [c_void_p] * 3}
+        for name, types in pointers.items():
+            getattr(self.library, f"kernels_{name}").argtypes = [c_int, c_int, *types, c_int64, c_void_p]
+        self.library.emulator_launches.restype = c_int64
+        self.library.emulator_last_launch.restype = ctypes.POINTER(Launch)
+        self.library.emulator_run_only.argtypes = [ctypes.POINTER(c_uint64), c_uint64]
+
+    def forward(self, activation, dtype, input, output, bits, numel, stream=None) -> int:
+        return self.library.kernels_forward(activation.code, dtype.code, input, output, bits, numel, stream)
+
+    def backward(self, activation, dtype, grad, bits, output, numel, stream=None) -> int:
+        return self.library.kernels_backward(activation.code, dtype.code, grad, bits, output, numel, stream)
+
+    @property
+    def launches(self) -> int:
+        """How many there were so far."""
+        return self.library.emulator_launches()
+
+    @property
+    def last_launch(self) -> Launch:
+        return self.library.emulator_last_launch().contents
+
+    @contextlib.contextmanager
+    def only_blocks(self, blocks: Iterable[int]):
+        """Of every grid launched inside, only these blocks run."""
+        blocks = sorted(blocks)
+        self.library.emulator_run_only((c_uint64 * len(blocks))(*blocks), len(blocks))
+        yield
+        self.library.emulator_run_all_blocks()
+
+
+class Memory:
+    """Elements at `offset` bytes past a multiple of 16, in a block of exactly their size for AddressSanitizer.
+
+    In a plain build, which has no red zones, the block goes on behind them. intact() tells whether anything but the
+    elements was written to.
+    """
+
+    POISON = 0xA5
+    BEHIND = 0 if os.environ.get("EMULATED") == "sanitized" else 64
+    LIBC = ctypes.CDLL(None)
+    LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = c_void_p, [ctypes.c_size_t], [c_void_p]
+
+    def __init__(self, elements: np.ndarray, offset: int = 0):
+        size = offset + elements.nbytes + self.BEHIND
+        block = self.LIBC.malloc(size)
+        assert block % 16 == 0
+        weakref.finalize(self, self.LIBC.free, block)
+        self.address = block + offset
+        whole = np.frombuffer((ctypes.c_ubyte * size).from_address(block), np.uint8)
+        whole[:] = self.POISON
+        self.before, self.behind = whole[:offset], whole[offset + elements.nbytes :]
+        self.elements = whole[offset : offset + elements.nbytes].view(elements.dtype)
+        self.elements[:] = elements
+
+    @classmethod
+    def unwritten(cls, count: int, dtype: type, offset: int = 0) -> "Memory":
+        return cls(np.full(count * np.dtype(dtype).itemsize, cls.POISON, np.uint8).view(dtype), offset)
+
+    def intact(self) -> bool:
+        return bool((self.before == self.POISON).all() and (self.behind == self.POISON).all())
+
+
+def environment(variant: str, library: Path) -> dict[str, str]:
+    """For a Python that loads this library."""
+    variables = {**os.environ, "EMULATED": variant, "EMULATED_LIBRARY": str(library)}
+    if variant == "sanitized":
+        runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+        variables["LD_PRELOAD"] = runtime.stdout.strip()
+        variables["ASAN_OPTIONS"] = "detect_leaks=0"  # Python's own
+    return variables
+
+
+def pytest_command(*arguments: str) -> list[str]:
+    """Runs the kernels' tests; without the conftest.py above, which needs the whole extension."""
+    return [sys.executable, "-m", "pytest", f"--confcutdir={HERE}", str(HERE / "test_kernels.py"), *arguments]
+
+
+if __name__ == "__main__":
+    variant, *arguments = sys.argv[1:] or ["plain"]
+    library = build_library(variant)
+    sys.exit(subprocess.run(pytest_command(*arguments), env=environment(variant, library), cwd=ROOT).returncode)
