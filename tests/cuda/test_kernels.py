@@ -3,7 +3,7 @@
 import bisect
 import mmap
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from kernels import ACTIVATIONS, DTYPES, Kernels, Memory, build_library, names_o
 KERNELS = Kernels(Path(os.environ.get("EMULATED_LIBRARY") or build_library("plain")))
 STREAM = 0x5EA
 VECTOR = 16  # bytes
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has it from 3.13 on
 
 
 @pytest.fixture(params=ACTIVATIONS, ids=str)
@@ -62,94 +63,115 @@ def unpacked(bits, count):
     return np.unpackbits(bits, count=count, bitorder="little").astype(bool)
 
 
+def assert_same(ours, expected):
+    if not np.array_equal(ours, expected):  # assert_array_equal explains, but takes 0.1 ms
+        np.testing.assert_array_equal(ours, expected)
+
+
 def launch_once(launcher, *arguments):
-    before = KERNELS.launches
+    """By one kernel, or none for no elements, on the stream that was asked for."""
+    before, count = KERNELS.launches, arguments[-1]
     assert launcher(*arguments, STREAM) == 0
-    assert KERNELS.launches - before == (arguments[-1] > 0)
-    assert arguments[-1] == 0 or KERNELS.last_launch.stream == STREAM
+    assert KERNELS.launches - before == (count > 0)
+    assert count == 0 or KERNELS.last_launch.stream == STREAM
 
 
-def check_forward(activation, dtype, elements, input_at=0, output_at=0, bits_at=0):
-    """With and without bits, out of place and in place, the pointers so many bytes off a multiple of 16."""
-    count = len(elements)
-    keep = kept(activation, dtype, elements)
-    expected, expected_bits = activation.forward(elements, keep), np.packbits(keep, bitorder="little")
+def whole(memory):
+    return [slice(0, len(memory.elements))]
+
+
+def bytes_of(span):
+    return slice(span.start // 8, (span.stop + 7) // 8)
+
+
+def check_forward(activation, dtype, input, output, bits, spans):
+    """These spans of elements; output may be input, bits may be None."""
+    elements = [input.elements[span].copy() for span in spans]
+    address = None if bits is None else bits.address
+    launch_once(KERNELS.forward, activation, dtype, input.address, output.address, address, len(input.elements))
+    for span, before in zip(spans, elements, strict=True):
+        keep = kept(activation, dtype, before)
+        assert_same(output.elements[span], activation.forward(before, keep))
+        if bits is not None:
+            assert_same(bits.elements[bytes_of(span)], np.packbits(keep, bitorder="little"))
+        if output is not input:
+            assert_same(input.elements[span], before)
+    assert all(memory is None or memory.intact() for memory in (input, output, bits))
+
+
+def check_backward(activation, dtype, grad, bits, output, spans):
+    """These spans of elements; output may be grad."""
+    elements = [grad.elements[span].copy() for span in spans]
+    bytes_before = [bits.elements[bytes_of(span)].copy() for span in spans]
+    launch_once(KERNELS.backward, activation, dtype, grad.address, bits.address, output.address, len(grad.elements))
+    for span, before, bits_before in zip(spans, elements, bytes_before, strict=True):
+        assert_same(output.elements[span], activation.backward(before, unpacked(bits_before, len(before))))
+        assert_same(bits.elements[bytes_of(span)], bits_before)
+        if output is not grad:
+            assert_same(grad.elements[span], before)
+    assert all(memory.intact() for memory in (grad, bits, output))
+
+
+def check(activation, dtype, elements, bits, elements_at=0, output_at=0, bits_at=0):
+    """Out of place and in place, forward with and without bits, and backward from these bits.
+
+    ..._at: how many bytes past a multiple of 16 the memory is. The same elements serve as input and as gradients.
+    """
     for in_place in (False, True):
         for with_bits in (False, True):
-            input = Memory(elements, input_at)
-            output = input if in_place else Memory.unwritten(count, dtype.word, output_at)
-            bits = Memory.unwritten((count + 7) // 8, np.uint8, bits_at)
-            address = bits.address if with_bits else None
-            launch_once(KERNELS.forward, activation, dtype, input.address, output.address, address, count)
-            np.testing.assert_array_equal(output.elements, expected)
-            if not in_place:
-                np.testing.assert_array_equal(input.elements, elements)
-            unwritten = np.full_like(expected_bits, Memory.POISON)
-            np.testing.assert_array_equal(bits.elements, expected_bits if with_bits else unwritten)
-            assert input.intact() and output.intact() and bits.intact()
+            input = Memory(elements, elements_at)
+            output = input if in_place else Memory.unwritten(len(elements), dtype.word, output_at)
+            written = Memory.unwritten(len(bits), np.uint8, bits_at) if with_bits else None
+            check_forward(activation, dtype, input, output, written, whole(input))
+        grad = Memory(elements, elements_at)
+        output = grad if in_place else Memory.unwritten(len(elements), dtype.word, output_at)
+        check_backward(activation, dtype, grad, Memory(bits, bits_at), output, whole(grad))
 
 
-def check_backward(activation, dtype, elements, bits, grad_at=0, output_at=0, bits_at=0):
-    """Out of place and in place, from these bits."""
-    count = len(elements)
-    expected = activation.backward(elements, unpacked(bits, count))
-    for in_place in (False, True):
-        grad, memory_of_bits = Memory(elements, grad_at), Memory(bits, bits_at)
-        output = grad if in_place else Memory.unwritten(count, dtype.word, output_at)
-        launch_once(KERNELS.backward, activation, dtype, grad.address, memory_of_bits.address, output.address, count)
-        np.testing.assert_array_equal(output.elements, expected)
-        if not in_place:
-            np.testing.assert_array_equal(grad.elements, elements)
-        np.testing.assert_array_equal(memory_of_bits.elements, bits)
-        assert grad.intact() and output.intact() and memory_of_bits.intact()
-
-
-def check(activation, dtype, count, elements_at=0, output_at=0, bits_at=0):
-    check_forward(activation, dtype, random_elements(count, dtype), elements_at, output_at, bits_at)
-    check_backward(
-        activation, dtype, random_elements(count, dtype, 1), random_bits(count), elements_at, output_at, bits_at
-    )
+def check_length(activation, dtype, count, **places):
+    check(activation, dtype, random_elements(count, dtype), random_bits(count), **places)
 
 
 class Reserved:
-    """Zeros for `count` elements and some more, which take memory only where they are touched."""
+    """As Memory, but zeros, which take memory only where they are touched."""
 
-    AFTER = 64
+    BEHIND = 64
 
     def __init__(self, count, dtype, at=0):
+        size = count * np.dtype(dtype).itemsize
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self.map = mmap.mmap(-1, at + count * np.dtype(dtype).itemsize + self.AFTER, flags=flags)
-        whole = np.frombuffer(self.map, np.uint8)
-        self.elements = whole[at : at + count * np.dtype(dtype).itemsize].view(dtype)
-        self.after = whole[at + self.elements.nbytes :]
+        whole = np.frombuffer(mmap.mmap(-1, at + size + self.BEHIND, flags=flags), np.uint8)
+        self.elements = whole[at : at + size].view(dtype)
+        self.behind = whole[at + size :]
         self.address = self.elements.ctypes.data
 
-
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.13 names it
+    def intact(self):
+        return not self.behind.any()
 
 
 def check_blocks(activation, dtype, count, blocks, per_block, at=0):
-    """Of tensors too large for a CPU, what these blocks do, forward with bits and backward.
+    """As check, but of many elements only those of these blocks, so that they cost next to nothing.
 
-    `at`: the elements' offset in bytes from a multiple of 16.
+    at: how many bytes past a multiple of 16 elements are.
     """
-    input, output, grad, grad_input = (Reserved(count, dtype.word, at) for _ in range(4))
-    bits = Reserved((count + 7) // 8, np.uint8)
     spans = [slice(block * per_block, min((block + 1) * per_block, count)) for block in blocks]
-    bytes_of = [slice(span.start // 8, (span.stop + 7) // 8) for span in spans]
-    for seed, span in enumerate(spans):
-        input.elements[span] = random_elements(span.stop - span.start, dtype, 2 * seed)
-        grad.elements[span] = random_elements(span.stop - span.start, dtype, 2 * seed + 1)
+    input, output = (Reserved(count, dtype.word, at) for _ in range(2))
+    bits = Reserved((count + 7) // 8, np.uint8)
+
+    def fill(memory):
+        for span in spans:
+            memory.elements[span] = random_elements(span.stop - span.start, dtype, seed=span.start)
+
     with KERNELS.only_blocks(blocks):
-        launch_once(KERNELS.forward, activation, dtype, input.address, output.address, bits.address, count)
+        fill(input)
+        check_forward(activation, dtype, input, output, None, spans)
         assert KERNELS.last_launch.grid.x == -(-count // per_block)
-        launch_once(KERNELS.backward, activation, dtype, grad.address, bits.address, grad_input.address, count)
-    for span, of_bits in zip(spans, bytes_of, strict=True):
-        keep = kept(activation, dtype, input.elements[span])
-        np.testing.assert_array_equal(output.elements[span], activation.forward(input.elements[span], keep))
-        np.testing.assert_array_equal(bits.elements[of_bits], np.packbits(keep, bitorder="little"))
-        np.testing.assert_array_equal(grad_input.elements[span], activation.backward(grad.elements[span], keep))
-    assert not (output.after.any() or bits.after.any() or grad_input.after.any())
+        check_forward(activation, dtype, input, output, bits, spans)
+        check_backward(activation, dtype, input, bits, output, spans)
+        check_backward(activation, dtype, input, bits, input, spans)
+        for bits_in_place in (None, bits):
+            fill(input)
+            check_forward(activation, dtype, input, input, bits_in_place, spans)
 
 
 def per_block(dtype, count, at=VECTOR):
@@ -164,11 +186,8 @@ def large_from(dtype):
     """The smallest count for which the launcher takes the larger of its tiles."""
     small, large = per_block(dtype, 2**16), per_block(dtype, 2**30)
     assert small < large
-
-    def takes_large(multiple):
-        return per_block(dtype, multiple * large) == large
-
-    return large * bisect.bisect_left(range(1, 2**30 // large), True, key=takes_large) + large
+    counts = range(large, 2**30, large)
+    return counts[bisect.bisect_left(counts, True, key=lambda count: per_block(dtype, count) == large)]
 
 
 def test_every_name_is_here():
@@ -179,7 +198,7 @@ def test_every_name_is_here():
 @pytest.mark.usefixtures("order")
 def test_every_length_up_to_more_than_a_warp(activation, dtype):
     for count in range(32 * VECTOR // dtype.bytes + 2 * VECTOR):
-        check(activation, dtype, count)
+        check_length(activation, dtype, count)
 
 
 @pytest.mark.usefixtures("order")
@@ -187,36 +206,29 @@ def test_lengths_at_the_edges_of_blocks(activation, dtype):
     block = per_block(dtype, 2**16)
     for blocks in (1, 2, 5):
         for beside in (*range(-VECTOR - 1, VECTOR + 2), -block // 2 - 1, block // 2 + 1):
-            check(activation, dtype, blocks * block + beside)
+            check_length(activation, dtype, blocks * block + beside)
 
 
 @pytest.mark.usefixtures("order")
-def test_values(activation, dtype):
+def test_every_value(activation, dtype):
+    """Of 16 bits; of wider types as many random ones."""
     count = 2**16
     elements = np.arange(count).astype(dtype.word) if dtype.bytes == 2 else random_elements(count, dtype)
-    check_forward(activation, dtype, elements)
-    check_backward(activation, dtype, elements, random_bits(count))
-    check_backward(activation, dtype, elements, ~random_bits(count))
+    for bits in (random_bits(count), ~random_bits(count)):
+        check(activation, dtype, elements, bits)
 
 
 @pytest.mark.parametrize("count", [1, 100, 3001])
 def test_pointers_at_any_element(activation, dtype, count):
-    places = range(0, VECTOR, dtype.bytes)
-    for elements_at in places:
+    for elements_at in range(0, VECTOR, dtype.bytes):
         for output_at in {0, dtype.bytes, VECTOR - dtype.bytes, elements_at}:
-            check(activation, dtype, count, elements_at, output_at, bits_at=(elements_at + output_at) % 3)
+            check_length(activation, dtype, count, elements_at=elements_at, output_at=output_at)
 
 
 @pytest.mark.usefixtures("order")
 def test_bits_at_any_byte(activation, dtype):
     for bits_at in range(VECTOR):
-        check(activation, dtype, 3001, bits_at=bits_at)
-
-
-def test_large_tile(activation, dtype):
-    start = large_from(dtype)
-    check(activation, dtype, start - 1)
-    check(activation, dtype, start + 3001)
+        check_length(activation, dtype, 3001, bits_at=bits_at)
 
 
 @pytest.mark.usefixtures("order")
@@ -224,8 +236,8 @@ def test_lengths_at_the_edges_of_large_tiles(activation, dtype):
     start = large_from(dtype)
     block = per_block(dtype, start)
     for beside in (0, 1, 7, 8, 9, VECTOR, 31 * VECTOR + 1, block // 2 + 3, block - 9, block - 1):
-        blocks = start // block + (beside > 0)
-        check_blocks(activation, dtype, start + beside, [0, 1, blocks - 2, blocks - 1], block)
+        last = (start + beside - 1) // block
+        check_blocks(activation, dtype, start + beside, [0, 1, last - 1, last], block)
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
@@ -237,19 +249,19 @@ def test_more_than_2_to_the_32_elements(activation, dtype, aligned):
     check_blocks(activation, dtype, count, sorted(blocks), block, at)
 
 
-def test_launches_from_several_threads(dtype):
-    failures = []
+def test_every_block_around_the_change_of_tiles(activation, dtype):
+    start = large_from(dtype)
+    for count in (start - 1, start + 3001):
+        elements, bits = random_elements(count, dtype), Memory.unwritten((count + 7) // 8, np.uint8)
+        input, output = Memory(elements), Memory.unwritten(count, dtype.word)
+        check_forward(activation, dtype, input, output, bits, whole(input))
+        check_backward(activation, dtype, input, bits, output, whole(input))
 
-    def work():
-        try:
-            for count in range(3000, 3020):
-                check(ACTIVATIONS[0], dtype, count)
-        except AssertionError as failure:
-            failures.append(failure)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+def test_launches_from_several_threads(activation, dtype):
+    def work(first):
+        for count in range(first, first + 20):
+            check_length(activation, dtype, count)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(3000, 3080, 20)))

@@ -67,10 +67,11 @@ class Fiber {
     return fiber;
   }
 
-  [[gnu::noinline]] static void swap(Place& from, Place& to) {
+  // AddressSanitizer takes a jump for the end of what is on the stack, unless told that there is none.
+  [[gnu::noinline, gnu::no_sanitize_address]] static void swap(Place& from, Place& to) {
     if (__builtin_setjmp(from.jump) == 0) jump(to);
   }
-  [[gnu::noinline, noreturn]] static void jump(Place& to) { __builtin_longjmp(to.jump, 1); }
+  [[gnu::noinline, gnu::no_sanitize_address, noreturn]] static void jump(Place& to) { __builtin_longjmp(to.jump, 1); }
 
 #ifdef __SANITIZE_ADDRESS__
   static void announce(void** fake_stack, const void* stack, size_t bytes) {

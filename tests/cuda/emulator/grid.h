@@ -45,13 +45,13 @@ T* aligned(T* pointer) {
   return pointer;
 }
 
-// What the tests look at.
+// What tests look at: those of this thread.
 struct Launch {
   cudaStream_t stream;
   dim3 grid, block;
 };
-inline int64_t launches;  // so far
-inline Launch last_launch;
+inline thread_local int64_t launches;  // so far
+inline thread_local Launch last_launch;
 // The only blocks to be run, by their index in the grid: for grids that are too large for a CPU.
 inline std::optional<std::vector<uint64_t>> only_blocks;
 
