@@ -25,6 +25,7 @@ BUILT = ROOT / "build" / "emulated"
 
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+LIBRARY = ["-shared", "-fPIC"]
 VARIANTS = {
     "plain": ["-O1"],
     "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -42,10 +43,8 @@ def build(source: Path, target: Path, flags: Iterable[str], csrc: Path = ROOT / 
     return new.replace(target)
 
 
-def build_library(variant: str, target: Path | None = None, csrc: Path = ROOT / "csrc") -> Path:
-    return build(
-        HERE / "kernels.cpp", target or BUILT / f"{variant}.so", [*VARIANTS[variant], "-shared", "-fPIC"], csrc
-    )
+def build_library(variant: str) -> Path:
+    return build(HERE / "kernels.cpp", BUILT / f"{variant}.so", [*LIBRARY, *VARIANTS[variant]])
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,12 @@ def environment(variant: str, library: Path) -> dict[str, str]:
 
 
 def pytest_command(*arguments: str) -> list[str]:
-    """Runs the kernels' tests; without the conftest.py above, which needs the whole extension."""
-    return [sys.executable, "-m", "pytest", f"--confcutdir={HERE}", str(HERE / "test_kernels.py"), *arguments]
+    """Runs the kernels' tests; without the conftest.py above, which needs the whole extension.
+
+    What the emulator or a sanitizer says when it ends the run is left to be seen.
+    """
+    options = [f"--confcutdir={HERE}", "--capture=sys"]
+    return [sys.executable, "-m", "pytest", *options, str(HERE / "test_kernels.py"), *arguments]
 
 
 if __name__ == "__main__":

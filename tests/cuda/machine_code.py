@@ -1,0 +1,285 @@
+"""The machine code of the shipped kernels, without a GPU: python machine_code.py [ARCHITECTURE ... | all].
+
+Compiles csrc/cuda/kernels.cu for each architecture (80 and 90 unless named), warnings and spills being errors, and
+disassembles it. In every kernel with several vectors a thread, which are those for large tensors, the path of a full
+tile must be straight, with nothing but 128-bit loads and stores of elements and the bytes of bits, and all loads must
+be under way before the first value is waited for.
+
+Needs nvcc, and nvdisasm, which PyPI has too: pip install nvidia-cuda-nvdisasm. Without nvcc it says so and succeeds.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+DEFAULT = ["80", "90"]
+# Instructions from the first load to the last, of which there are up to eight: addresses, and what the scheduler puts
+# between them.
+MAX_SPREAD = 32
+
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings"]
+PTXAS_FLAGS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
+
+BYTES = {"float": 4, "double": 8, "relu_ext::Float16<(unsigned short)31744>": 2}
+BYTES["relu_ext::Float16<(unsigned short)32640>"] = 2
+DTYPES = dict(zip(BYTES, ["float32", "float64", "float16", "bfloat16"], strict=True))
+KERNEL = re.compile(
+    r"(?P<way>forward|backward)_kernel<(?P<element>.*?), relu_ext::cuda::Tile<(?P<threads>\d+), (?P<vectors>\d+),"
+    r".*?>, (?P<aligned>true|false)(?:, (?P<bits>true|false))?, relu_ext::(?P<activation>\w+)>"
+)
+INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<op>[A-Z]\w*)(?P<modifiers>[.\w]*)(?P<rest>.*)"
+)
+MEMORY = re.compile(r"LD(?!C|SM$)|ST|ATOM|RED|CCTL|MEMBAR")
+WIDTHS = {"128", "256", "64", "U8", "S8", "U16", "S16"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    op: str
+    modifiers: list[str]
+    operands: str
+    guard: str
+    label: str  # where a branch goes
+
+    @property
+    def access(self) -> str | None:
+        """STG.128 for STG.E.EF.128; None for what leaves memory alone. Constants and uniform ones are no memory."""
+        if not MEMORY.match(self.op):
+            return None
+        kept = [modifier for modifier in self.modifiers if modifier in WIDTHS or modifier == "STRONG"]
+        return ".".join([self.op, *kept])
+
+    @property
+    def registers(self) -> list[int]:
+        """Those it names, the first being the first that a load writes."""
+        return [int(number) for number in re.findall(r"\bR(\d+)", self.operands)]
+
+    @property
+    def loaded(self) -> set[int]:
+        first = self.registers[0]
+        return set(range(first, first + (4 if "128" in self.modifiers else 1)))
+
+
+class Code:
+    """A kernel's instructions, and where its labels are."""
+
+    def __init__(self, text: str):
+        self.instructions, self.labels = [], {}
+        for line in text.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                self.labels[label[1]] = len(self.instructions)
+            elif found := INSTRUCTION.search(line):
+                goal = re.search(r"`\((\.L_x_\d+)\)", found["rest"])
+                self.instructions.append(
+                    Instruction(
+                        found["op"],
+                        found["modifiers"].split(".")[1:],
+                        found["rest"],
+                        (found["guard"] or "").strip(),
+                        goal[1] if goal else "",
+                    )
+                )
+
+    def straight(self, at: int) -> list[Instruction] | None:
+        """From here to the exit, if no branch depends on data; BRA.DIV is taken by divergent warps only."""
+        path = []
+        while at < len(self.instructions):
+            instruction = self.instructions[at]
+            path.append(instruction)
+            if instruction.op == "EXIT":
+                return path if not instruction.guard else None
+            if instruction.op == "BRA" and "DIV" not in instruction.modifiers:
+                if instruction.guard or instruction.label not in self.labels:
+                    return None
+                at = self.labels[instruction.label]
+            else:
+                at += 1
+            if len(path) > len(self.instructions):
+                return None
+        return None
+
+    def full_tile(self) -> list[Instruction] | None:
+        """From the entry past the first branch, which asks whether the tile is full, the way that is straight."""
+        for at, instruction in enumerate(self.instructions):
+            if instruction.op == "BRA" and instruction.guard:
+                ways = [self.straight(at + 1), self.straight(self.labels[instruction.label])]
+                straight = [way for way in ways if way]
+                return self.instructions[: at + 1] + straight[0] if len(straight) == 1 else None
+        return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation: what its demangled name says."""
+
+    forward: bool
+    element: str
+    vectors: int
+    bits: bool
+    activation: str
+
+    @classmethod
+    def named(cls, name: str) -> "Kernel | None":
+        """None where a thread has one vector, or pointers are misaligned."""
+        found = KERNEL.search(name)
+        if not found:
+            raise SystemExit(f"a kernel that this check does not know: {name}")
+        if found["aligned"] == "false" or found["vectors"] == "1":
+            return None
+        forward = found["way"] == "forward"
+        bits = found["bits"] == "true" or not forward
+        return cls(forward, found["element"], int(found["vectors"]), bits, found["activation"])
+
+    @property
+    def title(self) -> str:
+        way = ("forward with bits" if self.bits else "forward") if self.forward else "backward"
+        return f"{self.activation} {DTYPES[self.element]} {way}"
+
+    @property
+    def accesses(self) -> Counter:
+        """Forward gathers a byte of bits from neighbours, backward reads one for each vector."""
+        wanted = Counter({"LDG.128": self.vectors, "STG.128": self.vectors})
+        if self.bits and self.forward:
+            wanted["STG.U8"] = self.vectors * 16 // BYTES[self.element] // 8
+        elif self.bits:
+            wanted["LDG.U8"] = self.vectors
+        return wanted
+
+
+def loads(path: list[Instruction]) -> list[int]:
+    return [at for at, instruction in enumerate(path) if (instruction.access or "").startswith("LDG")]
+
+
+def spread(path: list[Instruction]) -> int:
+    return loads(path)[-1] - loads(path)[0]
+
+
+def problems(kernel: Kernel, path: list[Instruction] | None) -> list[str]:
+    if path is None:
+        return ["the path of a full tile is not straight"]
+    found = []
+    accesses = Counter(instruction.access for instruction in path if instruction.access)
+    if accesses != kernel.accesses:
+        return [f"{dict(accesses)}, not {dict(kernel.accesses)}"]
+    if spread(path) > MAX_SPREAD:
+        found.append(f"{spread(path)} instructions from the first load to the last")
+    under_way = set()
+    for instruction in path[loads(path)[0] : loads(path)[-1] + 1]:
+        is_load = (instruction.access or "").startswith("LDG")
+        if under_way & set(instruction.registers[1:] if is_load else instruction.registers):
+            found.append(f"waits before the last load: {instruction.op}{instruction.operands}")
+        if is_load:
+            under_way |= instruction.loaded
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    arch: str
+    kernel: Kernel
+    registers: int
+    path: list[Instruction] | None
+    problems: list[str]
+
+
+class Refused(SystemExit):
+    """By a compiler, with what it said."""
+
+
+def compiled(nvcc: str, arch: str, csrc: Path, cubin: Path) -> dict[str, int]:
+    """Registers of each kernel."""
+    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, "-cubin", f"-arch=sm_{arch}", "-o", cubin, csrc / "cuda" / "kernels.cu"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise Refused(process.stdout + process.stderr)
+    found = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", process.stderr, re.DOTALL)
+    return {name: int(registers) for name, registers in found}
+
+
+def demangled(names: list[str]) -> list[str]:
+    return subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def disassembled(nvdisasm: str, cubin: Path) -> dict[str, Code]:
+    text = subprocess.run([nvdisasm, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    parts = re.split(r"^\.text\.(\w+):\n", text, flags=re.MULTILINE)
+    return {name: Code(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def results(nvcc: str, nvdisasm: str, arch: str, csrc: Path = CSRC) -> list[Result]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        registers = compiled(nvcc, arch, csrc, cubin)
+        code = disassembled(nvdisasm, cubin)
+    found = []
+    for mangled, name in zip(code, demangled(list(code)), strict=True):
+        if kernel := Kernel.named(name):
+            path = code[mangled].full_tile()
+            found.append(Result(arch, kernel, registers[mangled], path, problems(kernel, path)))
+    return sorted(found, key=lambda result: result.kernel.title)
+
+
+def find_nvcc() -> str | None:
+    folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", os.environ["PATH"]]
+    return shutil.which("nvcc", path=os.pathsep.join(folders[::-1]))
+
+
+def find_nvdisasm() -> str:
+    if on_path := shutil.which("nvdisasm"):
+        return on_path
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "nvdisasm":
+            return str(file.locate())
+    raise SystemExit("nvcc is here and nvdisasm is not: pip install nvidia-cuda-nvdisasm")
+
+
+def known_archs(nvcc: str) -> list[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+    return sorted(re.findall(r"^sm_(\d+)$", listed, re.MULTILINE), key=int)
+
+
+def print_table(all_results: list[Result]) -> None:
+    table = Table("sm", "kernel", *["instructions", "registers", "from first load to last"], "")
+    for result in all_results:
+        path = result.path or []
+        numbers = [len(path), result.registers, spread(path)] if path and loads(path) else ["", result.registers, ""]
+        table.add_row(result.arch, result.kernel.title, *map(str, numbers), "; ".join(result.problems) or "ok")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main(archs: list[str]) -> int:
+    nvcc = find_nvcc()
+    if not nvcc:
+        print("no nvcc: the CUDA kernels' machine code is not checked")
+        return 0
+    nvdisasm = find_nvdisasm()
+    archs = known_archs(nvcc) if archs == ["all"] else archs or DEFAULT
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        all_results = [
+            result for part in pool.map(lambda arch: results(nvcc, nvdisasm, arch), archs) for result in part
+        ]
+    print_table(all_results)
+    bad = sum(bool(result.problems) for result in all_results)
+    print(f"{len(all_results)} kernels, {bad} of them not as they should be")
+    return 1 if bad or not all_results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

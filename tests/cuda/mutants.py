@@ -1,0 +1,173 @@
+"""Plants bugs in copies of the CUDA kernels, one each, and expects tests to fail: python mutants.py [words of a name].
+
+A bug is an edit of csrc/, caught by the kernels' tests over the emulator or, where every result stays right, by the
+check of the machine code. Without nvcc the latter are left out, and it says so.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import machine_code
+from kernels import HERE, LIBRARY, ROOT, VARIANTS, build, environment, pytest_command
+from rich.console import Console
+from rich.table import Table
+
+KERNELS, LAUNCHERS, MATHS = "cuda/kernels.cuh", "cuda/kernels.cu", "activations.h"
+ONE_ORDER = "not backward and not shuffled"  # of threads: a third of the time
+TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of its own
+
+
+def by_tests(csrc: Path) -> str | None:
+    """The first test that fails, or None."""
+    flags = [*LIBRARY, *VARIANTS["plain"], "-g0", "-w"]  # a bug may leave a variable unused
+    library = build(HERE / "kernels.cpp", csrc.parent / "kernels.so", flags, csrc)
+    command = pytest_command("-x", "--tb=no", "-p", "no:cacheprovider", "-k", ONE_ORDER)
+    process = subprocess.run(command, env=environment("plain", library), cwd=ROOT, capture_output=True, text=True)
+    if process.returncode == 0:
+        return None
+    if process.returncode < 0:
+        said = [line for line in process.stderr.splitlines() if line.startswith("CUDA emulator: ")]
+        return said[0] if said else f"signal {-process.returncode}"
+    if process.returncode != TESTS_FAILED:
+        raise SystemExit(process.stdout + process.stderr)
+    return re.search(r"^FAILED .*::(\w+)", process.stdout, re.MULTILINE)[1]
+
+
+def by_machine_code(csrc: Path) -> str | None:
+    """The first complaint, or None."""
+    nvcc, nvdisasm = machine_code.find_nvcc(), machine_code.find_nvdisasm()
+    try:
+        results = machine_code.results(nvcc, nvdisasm, "90", csrc)
+    except machine_code.Refused as refused:
+        return next(line for line in str(refused).splitlines() if line.startswith("ptxas"))
+    return next((problem for result in results for problem in result.problems), None)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: what it is, and the edit that makes it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught: Callable = by_tests
+
+    def plant(self, csrc: Path) -> None:
+        file = csrc / self.file
+        text = file.read_text()
+        if text.count(self.old) != 1:
+            raise SystemExit(f"{self.name}: {self.file} has this {text.count(self.old)} times, not once:\n{self.old}")
+        file.write_text(text.replace(self.old, self.new))
+
+
+MUTANTS = [
+    Mutant("NaN is dropped", MATHS, "return !(input <= T{});", "return input > T{};"),
+    Mutant("zero is kept", MATHS, "return !(input <= T{});", "return !(input < T{});"),
+    Mutant("backward is the wrong way round", MATHS, "select(keep, grad, T{})", "select(!keep, grad, T{})"),
+    Mutant("one element too many is written", KERNELS, "if (j < count) to[j]", "if (j <= count) to[j]"),
+    Mutant("the last element is not read", KERNELS, "if (j < count) vector", "if (j + 1 < count) vector"),
+    Mutant(
+        "spare bits are set", KERNELS, "uint32_t(keep && j < part.count(k))", "uint32_t(keep || j >= part.count(k))"
+    ),
+    Mutant("one byte of bits too many", KERNELS, "8 * byte < part.numel", "8 * byte <= part.numel"),
+    Mutant("the wrong lane", KERNELS, "bytes, step);", "bytes, 2 * step);"),
+    Mutant("not every lane shuffles", KERNELS, "bytes |= __shfl", "if (sharer != 1) bytes |= __shfl"),
+    Mutant("bits in reverse", KERNELS, "j < part.count(k)) << j;", "j < part.count(k)) << (Vector<T>::lanes - 1 - j);"),
+    Mutant("bytes of neighbours", KERNELS, "uint8_t(bytes >> 8 * sharer)", "uint8_t(bytes >> 8 * (sharer ^ 1))"),
+    Mutant("backward takes a neighbour's bits", KERNELS, "kept[k] >> Vector<T>::lanes *", "kept[k] >> 2 *"),
+    Mutant("strides between lanes", KERNELS, "return (first + warp * k) *", "return (first + (warp + 1) * k) *"),
+    Mutant("index of 32 bits", KERNELS, "{ return (first + warp * k) *", "{ return int(first + warp * k) *"),
+    Mutant(
+        "index of 32 bits, no sign", KERNELS, "{ return (first + warp * k) *", "{ return unsigned(first + warp * k) *"
+    ),
+    Mutant("a tile less one element is full", KERNELS, ">= elements_of<T, Tile>;", ">= elements_of<T, Tile> - 1;"),
+    Mutant("the output's alignment", LAUNCHERS, " | reinterpret_cast<uintptr_t>(to)", ""),
+    Mutant("8 bytes of alignment will do", LAUNCHERS, "% 16 == 0", "% 8 == 0"),
+    Mutant(
+        "the last block is missing", LAUNCHERS, "(numel - 1) / elements_of<T, Tile> + 1", "numel / elements_of<T, Tile>"
+    ),
+    Mutant(
+        "blocks of the wrong tile",
+        LAUNCHERS,
+        "(numel - 1) / elements_of<T, Tile>",
+        "(numel - 1) / elements_of<T, Large>",
+    ),
+    Mutant("a block too many", LAUNCHERS, "elements_of<T, Tile> + 1;", "elements_of<T, Tile> + 2;"),
+    Mutant("a launch for no elements", LAUNCHERS, "if (numel == 0) return cudaSuccess;", ""),
+    Mutant("another stream", LAUNCHERS, "pointers, 0, stream)", "pointers, 0, nullptr)"),
+    Mutant(
+        "narrow loads",
+        KERNELS,
+        "if (aligned && count == Vector<T>::lanes) {\n    const auto raw = reinterpret_cast<const",
+        "if (false) {\n    const auto raw = reinterpret_cast<const",
+        by_machine_code,
+    ),
+    Mutant(
+        "loads between stores",
+        KERNELS,
+        """
+    values[k] = load<Tile::loads, aligned>(input + part.element(k), part.count(k));
+#pragma unroll
+  for (int k = 0; k < Tile::vectors; ++k) {""",
+        " { values[k] = load<Tile::loads, aligned>(input + part.element(k), part.count(k));",
+        by_machine_code,
+    ),
+    Mutant(
+        "vectors in local memory",
+        KERNELS,
+        "values[k].lane[j] = act.backward(",
+        "values[(k + threadIdx.x) % Tile::vectors].lane[j] = act.backward(",
+        by_machine_code,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    mutant: Mutant
+    caught: str | None
+    seconds: float
+
+
+def judge(mutant: Mutant) -> Verdict:
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = Path(folder) / "csrc"
+        shutil.copytree(ROOT / "csrc", csrc)
+        mutant.plant(csrc)
+        return Verdict(mutant, mutant.caught(csrc), time.monotonic() - start)
+
+
+def print_table(verdicts: list[Verdict]) -> None:
+    table = Table("bug", "in", "caught by", "seconds")
+    for verdict in verdicts:
+        caught = verdict.caught or "[bold red]nothing"
+        table.add_row(verdict.mutant.name, verdict.mutant.file, caught, f"{verdict.seconds:.0f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main(word: str = "") -> int:
+    mutants = [mutant for mutant in MUTANTS if word in mutant.name]
+    if not machine_code.find_nvcc():
+        print("no nvcc: bugs that only machine code shows are left out")
+        mutants = [mutant for mutant in mutants if mutant.caught is not by_machine_code]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(judge, mutants))
+    print_table(verdicts)
+    survivors = sum(verdict.caught is None for verdict in verdicts)
+    print(f"{len(verdicts)} bugs planted, {survivors} not caught")
+    return 1 if survivors or not verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
