@@ -112,12 +112,15 @@ class Code:
         return None
 
     def full_tile(self) -> list[Instruction] | None:
-        """From the entry past the first branch, which asks whether the tile is full, the way that is straight."""
+        """From the entry to the branch that asks whether the tile is full, and on from there.
+
+        It is the first one with a straight way behind it; sm_87 has another before it, over a preamble.
+        """
         for at, instruction in enumerate(self.instructions):
             if instruction.op == "BRA" and instruction.guard:
                 ways = [self.straight(at + 1), self.straight(self.labels[instruction.label])]
-                straight = [way for way in ways if way]
-                return self.instructions[: at + 1] + straight[0] if len(straight) == 1 else None
+                if straight := [way for way in ways if way]:
+                    return self.instructions[: at + 1] + straight[0] if len(straight) == 1 else None
         return None
 
 
