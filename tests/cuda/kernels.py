@@ -158,8 +158,10 @@ class Kernels:
         """Of every grid launched inside, only these blocks run."""
         blocks = sorted(blocks)
         self.library.emulator_run_only((c_uint64 * len(blocks))(*blocks), len(blocks))
-        yield
-        self.library.emulator_run_all_blocks()
+        try:
+            yield
+        finally:
+            self.library.emulator_run_all_blocks()
 
 
 class Memory:

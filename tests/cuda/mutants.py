@@ -1,7 +1,7 @@
 """Plants bugs in copies of the CUDA kernels, one each, and expects tests to fail: python mutants.py [words of a name].
 
 A bug is an edit of csrc/, caught by the kernels' tests over the emulator or, where every result stays right, by the
-check of the machine code. Without nvcc the latter are left out, and it says so.
+sanitizers or the check of the machine code. Without nvcc the last are left out, and it says so.
 """
 
 import os
@@ -26,20 +26,26 @@ ONE_ORDER = "not backward and not shuffled"  # of threads: a third of the time
 TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of its own
 
 
-def by_tests(csrc: Path) -> str | None:
-    """The first test that fails, or None."""
-    flags = [*LIBRARY, *VARIANTS["plain"], "-g0", "-w"]  # a bug may leave a variable unused
+def by_tests(csrc: Path, variant: str = "plain") -> str | None:
+    """What ended the run, or the first test that fails; or None."""
+    flags = [*LIBRARY, *VARIANTS[variant], "-g0", "-w"]  # a bug may leave a variable unused
     library = build(HERE / "kernels.cpp", csrc.parent / "kernels.so", flags, csrc)
     command = pytest_command("-x", "--tb=no", "-p", "no:cacheprovider", "-k", ONE_ORDER)
-    process = subprocess.run(command, env=environment("plain", library), cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(command, env=environment(variant, library), cwd=ROOT, capture_output=True, text=True)
     if process.returncode == 0:
         return None
+    if said := re.search(r"CUDA emulator: .*|AddressSanitizer: [\w-]+|runtime error: .*", process.stderr):
+        return said[0]
     if process.returncode < 0:
-        said = [line for line in process.stderr.splitlines() if line.startswith("CUDA emulator: ")]
-        return said[0] if said else f"signal {-process.returncode}"
+        return f"signal {-process.returncode}"
     if process.returncode != TESTS_FAILED:
         raise SystemExit(process.stdout + process.stderr)
     return re.search(r"^FAILED .*::(\w+)", process.stdout, re.MULTILINE)[1]
+
+
+def by_sanitizers(csrc: Path) -> str | None:
+    """For bugs that no result shows."""
+    return by_tests(csrc, "sanitized")
 
 
 def by_machine_code(csrc: Path) -> str | None:
@@ -105,6 +111,14 @@ MUTANTS = [
     Mutant("a block too many", LAUNCHERS, "elements_of<T, Tile> + 1;", "elements_of<T, Tile> + 2;"),
     Mutant("a launch for no elements", LAUNCHERS, "if (numel == 0) return cudaSuccess;", ""),
     Mutant("another stream", LAUNCHERS, "pointers, 0, stream)", "pointers, 0, nullptr)"),
+    Mutant("elements read past the end", KERNELS, "if (j < count) vector", "vector", by_sanitizers),
+    Mutant(
+        "bits read past the end",
+        KERNELS,
+        "part.count(k) ? bits[part.byte(k)] : 0u",
+        "bits[part.byte(k)]",
+        by_sanitizers,
+    ),
     Mutant(
         "narrow loads",
         KERNELS,

@@ -72,9 +72,6 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i
 }  // namespace emulator
 
 using uint2 = emulator::Two<unsigned>;
-using float2 = emulator::Two<float>;
-using double2 = emulator::Two<double>;
-using ulonglong2 = emulator::Two<unsigned long long>;
 using uint4 = emulator::Four<unsigned>;
 using float4 = emulator::Four<float>;
 
@@ -93,7 +90,6 @@ void __stcs(T* to, T value) {
 
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline float __uint_as_float(unsigned word) { return emulator::bit_cast<float>(word); }
-inline unsigned __float_as_uint(float value) { return emulator::bit_cast<unsigned>(value); }
 
 inline void __syncthreads(unsigned line = __builtin_LINE()) { emulator::barrier(line); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, unsigned line = __builtin_LINE()) {
