@@ -1,5 +1,8 @@
-# make bench   builds all it needs and runs the benchmark        make test    the same for the tests
-# make check   formatters and linters                            make clean   removes what was built
+# make bench        builds all it needs and runs the benchmark        make test    the same for the tests
+# make check        style, and the CUDA kernels proved without a GPU   make format  applies the style
+# make check-all    the same for every GPU that nvcc knows             make clean   removes what was built
+# make gpu          on a machine with a GPU: build, tests, compute-sanitizer, benchmark; ARGS names parts
+# make cuda-build   builds and imports the CUDA extension where there is no GPU, against a CUDA torch
 #
 # PYTHON (default python3) is used as it is, without a network, where it has torch and the other packages below; otherwise
 # .venv is made from it and requirements.txt. ARGS is handed on: make test ARGS="-k layouts", make bench ARGS=--quick.
@@ -28,9 +31,15 @@ ifneq ($(shell $(PY) -c 'import relu_ext' 2>/dev/null && echo yes),yes)
 endif
 
 SOURCES := setup.py $(shell find csrc -type f)
-LINTERS := ruff==0.17.5 clang-format==23.1.5
+STYLED := $(filter csrc/%,$(SOURCES)) $(shell find tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+# pip's packages for `check`; nvdisasm reads the machine code that nvcc makes.
+CHECKERS := ruff==0.17.5 clang-format==23.1.5 nvidia-cuda-nvdisasm==13.5.37 \
+  $(shell grep -E '^(numpy|pytest|rich)==' requirements.txt)
+CHECK := .venv-check/bin
+# The newest torch of which PyPI's own build is for the CUDA of most machines; several GB.
+CUDA_TORCH := torch==2.11.0
 
-.PHONY: test bench build check format clean
+.PHONY: test bench build check check-style check-cuda check-all cuda-build gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(ARGS)
 
@@ -50,20 +59,56 @@ $(BUILT): $(SOURCES) $(READY)
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-check: .venv-lint/ready
-	.venv-lint/bin/ruff check .
-	.venv-lint/bin/ruff format --check .
-	.venv-lint/bin/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+check: check-style check-cuda
 
-format: .venv-lint/ready
-	.venv-lint/bin/ruff check --fix .
-	.venv-lint/bin/ruff format .
-	.venv-lint/bin/clang-format -i $(filter csrc/%,$(SOURCES))
+check-style: .venv-check/ready
+	$(CHECK)/ruff check .
+	$(CHECK)/ruff format --check .
+	$(CHECK)/clang-format --dry-run -Werror $(STYLED)
 
-.venv-lint/ready: Makefile
-	$(PYTHON) -m venv .venv-lint
-	.venv-lint/bin/python -m pip install -q $(LINTERS)
+# The kernels in emulation, alone and under sanitizers; planted bugs; their machine code; and the tests of the whole
+# extension on a pretended device. What needs nvcc says so where there is none.
+check-cuda: .venv-check/ready $(READY)
+	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
+	$(CHECK)/python tests/cuda/kernels.py plain
+	$(CHECK)/python tests/cuda/kernels.py sanitized
+	$(CHECK)/python tests/cuda/machine_code.py $(ARCHS)
+	$(CHECK)/python tests/cuda/mutants.py
+	$(PY) tests/cuda/pretend/run.py
+
+check-all: ARCHS := all
+check-all: check
+
+cuda-build:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.version.cuda)' 2>/dev/null; then \
+	  $(MAKE) --no-print-directory build/cuda/ready CUDA_PY=$(PYTHON); else \
+	  $(MAKE) --no-print-directory .venv-cuda/ready && $(MAKE) --no-print-directory build/cuda/ready CUDA_PY=.venv-cuda/bin/python; fi
+
+.PHONY: build/cuda/ready
+build/cuda/ready:
+	@mkdir -p build/cuda; echo "building for CUDA; the compiler's output goes to build/cuda/log"
+	@PATH="$(dir $(CUDA_PY)):$$PATH" RELU_EXT_CUDA=1 $(CUDA_PY) setup.py build --build-base build/cuda --build-lib build/cuda/lib >build/cuda/log 2>&1 \
+	  || { cat build/cuda/log; exit 1; }
+	$(CUDA_PY) tests/cuda/built.py build/cuda/lib
+
+.venv-cuda/ready: requirements.txt
+	@echo "$(PYTHON) has no CUDA build of torch: downloading one, several GB, into .venv-cuda"
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install -q $(CUDA_TORCH) $(shell grep -E '^(numpy|ninja|pybind11|setuptools)==' requirements.txt)
+	touch $@
+
+gpu: $(READY)
+	$(PY) tests/gpu.py $(ARGS)
+
+format: .venv-check/ready
+	$(CHECK)/ruff check --fix .
+	$(CHECK)/ruff format .
+	$(CHECK)/clang-format -i $(STYLED)
+
+.venv-check/ready: Makefile requirements.txt
+	$(PYTHON) -m venv .venv-check
+	$(CHECK)/python -m pip install -q $(CHECKERS)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info relu_ext/*.so $(BUILT) .venv .venv-lint
+	rm -rf build dist *.egg-info relu_ext/*.so $(BUILT) .venv .venv-check .venv-cuda
