@@ -95,16 +95,19 @@ def size_name(elements: int) -> str:
 
 
 def shapes(device: torch.device) -> list[Shape]:
-    """Powers of two from 64 elements to float32 tensors of four times the last-level cache, then real networks."""
+    """Powers of two from 64 elements to far past the last-level cache, then real networks."""
+    # Training keeps six such tensors alive at most: a sixteenth of the memory each leaves room.
     if device.type == "cuda":
-        # 128M elements are 256 MB in 16 bits, five times the largest L2 cache of today (50 MB, H100).
-        sizes = [64, 2**10, 2**14, 2**17, 2**20, 2**24, 2**26, 2**27]
+        # Past every L2 cache from 64M elements on.
+        largest = torch.cuda.get_device_properties(device).total_memory // 16 // 4
+        sizes = [64, 2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26, 2**27, 2**28]
+        sizes = [size for size in sizes if size <= largest]
     else:
-        # Training keeps six such tensors alive at most: a sixteenth of the memory each leaves room.
         largest = min(4 * last_level_cache(), memory_bytes() // 16) // 4
         largest = 2 ** int(math.log2(largest))
         sizes = [size for size in (64, 2**10, 2**14, 2**17, 2**20, 2**22) if size < largest] + [largest]
-    return [Shape(size_name(size), (size,), compiled=size in (64, 2**20)) for size in sizes] + list(NETWORK_SHAPES)
+    compiled = (64, 2**20, 2**27)
+    return [Shape(size_name(size), (size,), compiled=size in compiled) for size in sizes] + list(NETWORK_SHAPES)
 
 
 HOST_ELEMENTS = 64
@@ -113,9 +116,16 @@ CALL, CALL_GRAD, MODULE, MODULE_GRAD = "call", "call, input with grad", "module"
 INPLACE, CHAIN_BACKWARD, CHAIN_TRAINING = "in place", "backward, a layer of 200", "forward + backward, a layer of 200"
 
 
+LARGE = 256 * 2**20  # bytes of a tensor
+SMALL = 2**20  # elements
+
+
 @dataclass(frozen=True)
 class Target:
-    """`quantity` of every record that agrees with `where` has to be at most `limit`."""
+    """`quantity` of every record that agrees with `where` has to be at most `limit`.
+
+    A value in `where` is the record's, or a predicate of it.
+    """
 
     text: str
     limit: float
@@ -123,7 +133,18 @@ class Target:
     where: dict[str, Any]
     quantity: str = "ratio"
 
+    def covers(self, record: dict[str, Any]) -> bool:
+        def agrees(key: str, wanted: Any) -> bool:
+            return key in record and (wanted(record[key]) if callable(wanted) else wanted == record[key])
 
+        return all(agrees(key, wanted) for key, wanted in {"operation": self.operation, **self.where}.items())
+
+
+KEPT_TARGETS = (
+    Target("relu: kept, float32", 1 / 32, "relu", {"section": "kept", "dtype": "float32"}, "share_of_input"),
+    Target("relu: kept, bfloat16", 1 / 16, "relu", {"section": "kept", "dtype": "bfloat16"}, "share_of_input"),
+    Target("relu: kept, float16", 1 / 16, "relu", {"section": "kept", "dtype": "float16"}, "share_of_input"),
+)
 CPU_TARGETS = (
     Target("relu: call, 64 elements", 0.65, "relu", {"section": "host", "step": CALL}),
     Target("relu: call with grad, 64 elements", 0.80, "relu", {"section": "host", "step": CALL_GRAD}),
@@ -131,8 +152,26 @@ CPU_TARGETS = (
     Target("relu: backward per layer, 64 elements", 0.90, "relu", {"section": "host", "step": CHAIN_BACKWARD}),
     Target("relu: forward in cache", 1.0, "relu", {"section": "speed", "step": FORWARD, "in_cache": True}),
     Target("relu: backward from bits, every size", 1.0, "relu", {"section": "speed", "step": BACKWARD}),
-    Target("relu: kept, float32", 1 / 32, "relu", {"section": "kept", "dtype": "float32"}, "share_of_input"),
-    Target("relu: kept, bfloat16", 1 / 16, "relu", {"section": "kept", "dtype": "bfloat16"}, "share_of_input"),
-    Target("relu: kept, float16", 1 / 16, "relu", {"section": "kept", "dtype": "float16"}, "share_of_input"),
+    *KEPT_TARGETS,
 )
-TARGETS = {"cpu": CPU_TARGETS, "cuda": ()}
+
+
+def large(step: str, **where: Any) -> dict[str, Any]:
+    return {"section": "speed", "step": step, "tensor_bytes": lambda size: size >= LARGE, **where}
+
+
+SMALL_CELLS = {"section": "speed", "elements": lambda count: count <= SMALL}
+CUDA_TARGETS = (
+    # 95 % of the copy's bandwidth.
+    Target("relu: forward over a copy, 256 MB and more", 1 / 0.95, "relu", large(FORWARD), "over_copy"),
+    Target("relu: backward over a copy, 256 MB and more", 1 / 0.95, "relu", large(BACKWARD), "over_copy"),
+    Target("relu: fwd + bwd, float32, 256 MB and more", 0.83, "relu", large(TRAINING, dtype="float32")),
+    Target("relu: fwd + bwd, bfloat16, 256 MB and more", 0.85, "relu", large(TRAINING, dtype="bfloat16")),
+    Target("relu: every step, 64 to 1M elements", 1.0, "relu", SMALL_CELLS),
+    Target("relu: call, 64 elements", 0.85, "relu", {"section": "host", "step": CALL}),
+    Target("relu: call with grad, 64 elements", 0.85, "relu", {"section": "host", "step": CALL_GRAD}),
+    Target("relu: kernels of a forward", 1, "relu", {"section": "kernels", "step": FORWARD}, "kernels"),
+    Target("relu: kernels of a backward", 1, "relu", {"section": "kernels", "step": BACKWARD}, "kernels"),
+    *KEPT_TARGETS,
+)
+TARGETS = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS}

@@ -19,6 +19,7 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
 
 Spread = dict[str, float]
+Sampler = Callable[[], float]  # seconds per layer, measured anew
 
 
 class Call(NamedTuple):
@@ -34,17 +35,16 @@ def spread(samples: list[float]) -> Spread:
     return {"median": median.item(), "q20": low.item(), "q80": high.item()}
 
 
-def _timer(call: Call, threads: int) -> Timer:
+def call_statement(call: Call) -> dict[str, Any]:
+    """The call as a statement, for timers that compile one."""
     names = [f"x{i}" for i in range(len(call.args))]
-    return Timer(
-        f"f({', '.join(names)})",
-        globals={"f": call.function, **dict(zip(names, call.args, strict=True))},
-        num_threads=threads,
-    )
+    variables = {"f": call.function, **dict(zip(names, call.args, strict=True))}
+    return {"stmt": f"f({', '.join(names)})", "globals": variables}
 
 
-def _host_sampler(call: Call, threads: int) -> Callable[[], float]:
-    timer = _timer(call, threads)
+def wall_clock(call: Call, threads: int) -> Sampler:
+    """The time until the result is there, for the CPU."""
+    timer = Timer(**call_statement(call), num_threads=threads)
     estimate = timer.blocked_autorange(min_run_time=1e-9).median
     if estimate > BLOCK_SECONDS:
         # One call to warm up and one that counts; timeit would warm up with two.
@@ -54,23 +54,13 @@ def _host_sampler(call: Call, threads: int) -> Callable[[], float]:
     return lambda: timer.timeit(number).median / call.layers
 
 
-def _cold_l2_sampler(call: Call) -> Callable[[], float]:
-    from triton.testing import do_bench
-
-    function = partial(call.function, *call.args)
-    # Milliseconds in, milliseconds out; do_bench overwrites the L2 cache before every call.
-    return lambda: do_bench(function, warmup=5, rep=25, return_mode="median") * 1e-3 / call.layers
-
-
-def measure(calls: dict[str, Call], seconds: float, threads: int, cold_l2: bool = False) -> dict[str, list[float]]:
+def measure(calls: dict[str, Call], seconds: float, sampler: Callable[[Call], Sampler]) -> dict[str, list[float]]:
     """Seconds per layer of each call, one number per round.
 
     The competitors take turns in a new order each round, so that a change of clock or a neighbour on the machine
     meets all of them, and the numbers of one round can be divided by each other.
     """
-    samplers = {
-        name: _cold_l2_sampler(call) if cold_l2 else _host_sampler(call, threads) for name, call in calls.items()
-    }
+    samplers = {name: sampler(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     end = time.perf_counter() + seconds
@@ -135,8 +125,10 @@ def step_calls(
 
 
 def copy_calls(source: torch.Tensor) -> dict[str, Call]:
-    """`clone` pays for fresh memory, `copy_` does not; the better of the two is the limit."""
-    return {"clone": Call(torch.clone, (source,)), "copy_": Call(torch.empty_like(source).copy_, (source,))}
+    """The best of these is the limit. `copy_` writes to memory that it has; `clone` also asks for some, which on a GPU
+    costs nothing and on a CPU page faults."""
+    calls = {"copy_": Call(torch.empty_like(source).copy_, (source,))}
+    return calls if source.is_cuda else {"clone": Call(torch.clone, (source,)), **calls}
 
 
 def assert_equal(operation: Operation, ours: Any, expected: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -75,6 +76,22 @@ def commit() -> str | None:
     return head.stdout.strip() + (" with local changes" if changes.stdout.strip() else "")
 
 
+def file_name(device: torch.device) -> str:
+    """ "cpu", or the GPU's name in small letters with hyphens."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def gpu_driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.split("\n")[0].strip() or None
+
+
 class OtherLoad:
     """The share of the machine's CPU time that other processes took since this was made: they disturb the numbers."""
 
@@ -113,6 +130,8 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
             "gpu_capability": f"{properties.major}.{properties.minor}",
             "gpu_memory_bytes": properties.total_memory,
             "gpu_multiprocessors": properties.multi_processor_count,
+            "gpu_l2_bytes": properties.L2_cache_size,
+            "gpu_driver": gpu_driver(),
         }
     return {
         "device": device.type,
@@ -138,7 +157,11 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
 def summary(about: dict[str, Any]) -> str:
     """One line for a table's title or the foot of a picture."""
     machine, versions, settings = about["machine"], about["versions"], about["settings"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['logical_cpus']} CPUs, {settings['threads']} threads"
-    isa = f"instruction set {versions['relu_ext']['isa']}, " if about["device"] == "cpu" else ""
+    torch_version, revision = versions["torch"], (versions["commit"] or "none")[:10]
+    if about["device"] == "cuda":
+        driver = f"driver {machine['gpu_driver'] or 'unknown'}"
+        return f"{machine['gpu']}; torch {torch_version}; CUDA {versions['torch_cuda']}, {driver}; commit {revision}"
+    where = f"{machine['cpu']}, {machine['logical_cpus']} CPUs, {settings['threads']} threads"
     pages = f"THP_MEM_ALLOC_ENABLE={settings['THP_MEM_ALLOC_ENABLE'] or 'unset'}"
-    return f"{where}; {isa}torch {versions['torch']}; {pages}; commit {(versions['commit'] or 'none')[:10]}"
+    isa = versions["relu_ext"]["isa"]
+    return f"{where}; instruction set {isa}, torch {torch_version}; {pages}; commit {revision}"

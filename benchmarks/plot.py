@@ -216,15 +216,24 @@ def draw(results: Record, out: Path, name: str) -> None:
     curves(results, out / f"{name}-curves.png")
 
 
+def results_in(path: Path) -> list[Path]:
+    """The file, or the folder's latest ones; sweep.py's are tables, not ours."""
+    if not path.is_dir():
+        return [path]
+    return [found for found in sorted(path.glob("latest-*.json")) if not found.stem.endswith("-sweep")]
+
+
 def main() -> None:
     folder = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", nargs="*", type=Path, help="what run.py wrote; default: results/latest-*.json")
+    parser.add_argument("json", nargs="*", type=Path, help="what run.py wrote, or its folder; default: results")
     parser.add_argument("--out", type=Path, help="folder for the pictures; default: beside the JSON")
     options = parser.parse_args()
-    found = options.json or sorted(folder.glob("latest-*.json"))
+    found = [path for given in options.json or [folder] for path in results_in(given)]
     if not found:
-        parser.error(f"no latest-*.json in {folder}: run benchmarks/run.py first")
+        parser.error(
+            f"no latest-*.json in {', '.join(map(str, options.json or [folder]))}: run benchmarks/run.py first"
+        )
     plt.rcParams.update(STYLE)
     for path in found:
         out = options.out or path.parent

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 Record = dict[str, Any]
+VERDICTS = {"pass": "green", "spread": "yellow", "miss": "red"}
 
 
 def duration(seconds: float) -> str:
@@ -63,13 +64,20 @@ def kept_table(records: list[Record]) -> Table:
     return table
 
 
+# What a copy is, by whether `clone` was measured too.
+LIMITS = {
+    True: "the speed of the better of clone and copy_ moving the same bytes (copy_ writes to memory it has, relu_ext "
+    "to a fresh output)",
+    False: "the speed of copy_ moving the same bytes; time on the device with a cold L2 cache, without host time",
+}
+
+
 def speed_table(records: list[Record], operation: Operation, dtype: str) -> Table:
     table = Table(
         title=f"{operation.name}, {dtype}: relu_ext against {operation.torch_name}",
         caption="/torch, /compile: time of relu_ext divided by that of eager torch or torch.compile in the same run, "
-        "below 1 relu_ext is faster. of copy: fraction of the copy limit, the speed of the better of clone and copy_ "
-        "moving the same bytes (copy_ writes to memory it has, relu_ext to a fresh output). backward: without the "
-        "engine of autograd; fwd + bwd: with it.",
+        f"below 1 relu_ext is faster. of copy: fraction of the copy limit, {LIMITS['clone' in records[0]['seconds']]}. "
+        "backward: without the engine of autograd; fwd + bwd: with it.",
     )
     table.add_column("shape", no_wrap=True)
     steps = [step for step in STEPS if any(record["step"] == step for record in records)]
@@ -89,6 +97,61 @@ def speed_table(records: list[Record], operation: Operation, dtype: str) -> Tabl
     return table
 
 
+def bandwidth_table(records: list[Record], operation: Operation, dtype: str) -> Table:
+    table = Table(
+        title=f"{operation.name}, {dtype}: GB/s",
+        caption="bytes that the operation has to move, whatever each competitor moves, over the time it takes; in "
+        "brackets the percentage of what copy_ reaches in the same run",
+    )
+    table.add_column("shape", no_wrap=True)
+    steps = [step for step in STEPS if any(record["step"] == step for record in records)]
+    sides = [side for side in (OURS, EAGER, COMPILED) if any(side in record["seconds"] for record in records)]
+    columns = [(step, side) for step in steps for side in sides if (step, side) != (BACKWARD, COMPILED)]
+    for step, side in columns:
+        table.add_column(f"{step.replace('forward + backward', 'fwd + bwd')}\n{side}", justify="right", no_wrap=True)
+    table.add_column("\ncopy_", justify="right", no_wrap=True)
+
+    def text(record: Record, side: str) -> str:
+        if side not in record["seconds"]:
+            return ""
+        seconds = record["seconds"][side]["median"]
+        percent = 100 * record["copy_limit_seconds"] / seconds
+        return f"{record['bytes_moved'] / seconds / 1e9:.0f} ({percent:.0f})"
+
+    for shape in dict.fromkeys(record["shape"] for record in records):
+        of_step = {record["step"]: record for record in records if record["shape"] == shape}
+        copied = next(iter(of_step.values()))
+        speed = copied["bytes_moved"] / copied["copy_limit_seconds"] / 1e9
+        table.add_row(shape, *(text(of_step[step], side) for step, side in columns), f"{speed:.0f}")
+    return table
+
+
+def kernels_table(records: list[Record]) -> Table:
+    table = Table(title="Kernels that a call runs", caption="as torch.profiler sees them")
+    for heading in ("operation", "what", "relu_ext", "torch"):
+        table.add_column(heading, justify="left" if heading in ("operation", "what") else "right")
+    for record in records:
+        table.add_row(record["operation"], record["step"], str(record["kernels"]), str(record["kernels_of_torch"]))
+    return table
+
+
+def block_table(records: list[Record]) -> Table:
+    shape = " x ".join(map(str, records[0]["shape"]))
+    table = Table(
+        title=f"A ResNet-style block in training, {shape}, MiB",
+        caption="convolution, norm, ReLU, convolution, norm, add, ReLU. kept: every storage that is kept for backward, "
+        "once, without parameters and the block's input. peak: memory at its highest in forward and backward, over "
+        "what is there before. A convolution after the block keeps the block's output, whatever the ReLU does.",
+    )
+    for heading in ("the block", "in place", "activation", "kept", "peak"):
+        table.add_column(heading, justify="right" if heading in ("kept", "peak") else "left")
+    for record in records:
+        sizes = (f"{record[key] / 2**20:.2f}" if key in record else "" for key in ("kept_bytes", "peak_bytes"))
+        inplace = "yes" if record["inplace"] else "no"
+        table.add_row(record["place"], inplace, f"{record['operation']}, {record['side']}", *sizes)
+    return table
+
+
 def judge(target: Target, records: list[Record]) -> Record | None:
     """The worst record of a target, and a verdict; None where the run did not measure it."""
 
@@ -96,14 +159,14 @@ def judge(target: Target, records: list[Record]) -> Record | None:
         found = record[target.quantity]
         return found if isinstance(found, dict) else {"median": found, "q20": found, "q80": found}
 
-    where = {"operation": target.operation, **target.where}
-    met = [r for r in records if all(r.get(key) == wanted for key, wanted in where.items())]
+    met = [record for record in records if target.covers(record)]
     if not met:
         return None
     worst = max(met, key=lambda record: value(record)["median"])
     found = value(worst)
     verdict = "pass" if found["median"] <= target.limit else "spread" if found["q20"] <= target.limit else "miss"
-    place = ", ".join(str(worst[key]) for key in ("dtype", "shape") if key in worst)
+    keys = ("dtype", "shape", "step") if worst["section"] == "speed" else ("dtype", "shape")
+    place = ", ".join(str(worst[key]) for key in keys if key in worst)
     return {
         "target": target.text,
         "limit": target.limit,
@@ -126,9 +189,8 @@ def target_table(judged: list[Record]) -> Table:
     )
     for heading in ("target", "at most", "worst", "at", "cells", "verdict"):
         table.add_column(heading, justify="right" if heading in ("at most", "worst", "cells") else "left")
-    styles = {"pass": "green", "spread": "yellow", "miss": "red"}
     for entry in judged:
-        worst, style = entry["worst"], styles[entry["verdict"]]
+        worst, style = entry["worst"], VERDICTS[entry["verdict"]]
         width = "" if worst["q20"] == worst["q80"] else f" ({worst['q20']:.3f} to {worst['q80']:.3f})"
         found = f"{worst['median']:.5g}" if not width else f"{worst['median']:.3f}{width}"
         table.add_row(
@@ -152,7 +214,10 @@ def show(console: Console, about: dict[str, Any], records: list[Record], judged:
             rows = [r for r in of("speed") if (r["operation"], r["dtype"]) == (operation.name, dtype)]
             if rows:
                 console.print(speed_table(rows, operation, dtype))
-    for table, section in ((kept_table, "kept"), (host_table, "host")):
+            if rows and about["device"] == "cuda":
+                console.print(bandwidth_table(rows, operation, dtype))
+    tables = {"kept": kept_table, "block": block_table, "kernels": kernels_table, "host": host_table}
+    for section, table in tables.items():
         if of(section):
             console.print(table(of(section)))
     if judged:

@@ -7,9 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import block
+import gpu
 import harness
 import machine
 import report
@@ -62,12 +65,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     add("--quick", action="store_true", help="four sizes, a third of the time, no torch.compile: a smoke test")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--no-host", dest="host", action="store_false", help="leave the host time per call out")
-    add("--json", type=Path, default=RESULTS, help="default: benchmarks/results/latest-{device}.json")
+    add("--json", type=Path, default=RESULTS, help="default: results/latest-{device}.json, for a GPU with its name")
     options = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available() and relu_ext.build_info()["cuda"]
+    has_gpu = torch.cuda.is_available() and relu_ext.build_info()["cuda"]
     if options.devices is None:
-        options.devices = ["cpu", "cuda"] if gpu else ["cpu"]
-    if "cuda" in options.devices and not gpu:
+        options.devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
+    if "cuda" in options.devices and not has_gpu:
         parser.error("--devices cuda: no GPU is visible, or relu_ext is built without CUDA (python -m relu_ext tells)")
     if options.quick:
         options.seconds /= 3
@@ -76,22 +79,24 @@ def parse(arguments: list[str] | None = None) -> Options:
     return options
 
 
-def compile_works(console: Console) -> bool:
+def compile_works(device: torch.device, console: Console) -> bool:
     try:
-        torch.compile(torch.relu)(torch.ones(8))
-    except Exception as error:  # whatever keeps Inductor from working here, usually a missing C++ compiler
+        torch.compile(torch.relu)(torch.ones(8, device=device))
+    except Exception as error:  # whatever keeps Inductor from working here, usually a missing compiler
         console.print(f"torch.compile left out: {type(error).__name__}: {str(error).splitlines()[0]}")
         return False
     return True
 
 
+def quotients(samples: dict[str, list[float]], name: str, factor: float = 1.0) -> harness.Spread | None:
+    """relu_ext's time over that of another, times `factor`, round by round."""
+    pairs = zip(samples[OURS], samples.get(name, ()), strict=False)
+    return harness.spread([ours / (factor * other) for ours, other in pairs]) if name in samples else None
+
+
 def timed(
     section: str, operation: Operation, step: str, dtype: str, shape: Shape, samples: dict, threads: int
 ) -> Record:
-    def ratio(name: str) -> harness.Spread | None:
-        pairs = zip(samples[OURS], samples.get(name, ()), strict=False)
-        return harness.spread([ours / other for ours, other in pairs]) if name in samples else None
-
     return {
         "section": section,
         "operation": operation.name,
@@ -102,8 +107,8 @@ def timed(
         "threads": threads,
         "rounds": len(samples[OURS]),
         "seconds": {name: harness.spread(times) for name, times in samples.items()},
-        "ratio": ratio(EAGER),
-        "compile_ratio": ratio(COMPILED),
+        "ratio": quotients(samples, EAGER),
+        "compile_ratio": quotients(samples, COMPILED),
     }
 
 
@@ -130,8 +135,9 @@ def host_calls(operation: Operation, device: torch.device) -> Iterator[tuple[str
 
 def host_records(operation: Operation, device: torch.device, seconds: float) -> Iterator[Record]:
     shape = Shape(str(HOST_ELEMENTS), (HOST_ELEMENTS,))
+    sampler = gpu.queueing if device.type == "cuda" else partial(harness.wall_clock, threads=1)
     for step, calls in host_calls(operation, device):
-        samples = harness.measure(calls, 3 * seconds, threads=1)
+        samples = harness.measure(calls, 3 * seconds, sampler)
         yield timed("host", operation, step, "float32", shape, samples, threads=1)
 
 
@@ -161,17 +167,21 @@ def speed_record(
     if options.compile and shape.compiled and step != BACKWARD:
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
-    calls = harness.step_calls(step, functions, operands, grad) | harness.copy_calls(operands[0])
-    cuda = grad.device.type == "cuda"
-    samples = harness.measure(calls, options.seconds, options.threads, cold_l2=cuda)
+    copies = harness.copy_calls(operands[0])
+    calls = harness.step_calls(step, functions, operands, grad) | copies
+    sampler = gpu.cold_l2 if grad.is_cuda else partial(harness.wall_clock, threads=options.threads)
+    samples = harness.measure(calls, options.seconds, sampler)
     record = timed("speed", operation, step, dtype, shape, samples, options.threads)
     passes = operation.passes(step, grad.itemsize)
-    copy = min(record["seconds"][name]["median"] for name in ("clone", "copy_")) * passes / 2
+    best = min(copies, key=lambda name: record["seconds"][name]["median"])
+    copy = record["seconds"][best]["median"] * passes / 2
     return record | {
+        "tensor_bytes": grad.nbytes,
         "bytes_moved": passes * grad.nbytes,
         "copy_limit_seconds": copy,
         "copy_fraction": copy / record["seconds"][OURS]["median"],
-        "in_cache": not cuda and 2 * grad.nbytes < machine.last_level_cache(),
+        "over_copy": quotients(samples, best, passes / 2),
+        "in_cache": not grad.is_cuda and 2 * grad.nbytes < machine.last_level_cache(),
     }
 
 
@@ -185,10 +195,33 @@ def speed_records(
         yield speed_record(operation, step, dtype, shape, operands, grad, options)
 
 
+def kernel_records(operation: Operation, device: torch.device, console: Console) -> Iterator[Record]:
+    operands = harness.signed_random(operation.operands, (HOST_ELEMENTS,), torch.float32, device)
+    (grad,) = harness.signed_random(1, (HOST_ELEMENTS,), torch.float32, device)
+    functions = dict(zip((OURS, EAGER), operation.function, strict=True))
+    for step in STEPS:
+        calls = harness.step_calls(step, functions, operands, grad)
+        names = {side: gpu.kernels(call) for side, call in calls.items()}
+        if not names[EAGER]:
+            console.print("kernels left out: the profiler sees none")
+            return
+        yield {
+            "section": "kernels",
+            "operation": operation.name,
+            "step": step,
+            "kernels": len(names[OURS]),
+            "kernels_of_torch": len(names[EAGER]),
+            "names": names,
+        }
+
+
 def measure_all(device: torch.device, options: Options, progress: Progress) -> list[Record]:
     operations = [operation for operation in OPERATIONS if operation.name in options.operations]
     places = [Shape(size_name(n), (n,), compiled=True) for n in options.sizes] if options.sizes else shapes(device)
-    task = progress.add_task("", total=len(operations) * (options.host + len(options.dtypes) * (1 + len(places))))
+    cuda = device.type == "cuda"
+    blocks = [operation for operation in operations if cuda and operation.module]
+    cells = options.host + cuda + len(options.dtypes) * (1 + len(places))
+    task = progress.add_task("", total=len(operations) * cells + len(blocks))
     records: list[Record] = []
 
     def add(name: str, more: Iterable[Record]) -> None:
@@ -200,13 +233,18 @@ def measure_all(device: torch.device, options: Options, progress: Progress) -> l
         # First, before Inductor is loaded: what a call costs in an eager program.
         for operation in operations:
             add(f"{operation.name}, host time", host_records(operation, device, options.seconds))
-    options.compile = options.compile and compile_works(progress.console)
+    options.compile = options.compile and compile_works(device, progress.console)
     for operation in operations:
         for dtype in options.dtypes:
             add(f"{operation.name}, {dtype}, kept", [kept_record(operation, dtype, device, options.compile)])
             for shape in places:
                 name = f"{operation.name}, {dtype}, {shape.name}"
                 add(name, speed_records(operation, dtype, shape, device, options))
+    for operation in blocks:
+        add(f"{operation.name}, memory of a block", block.records(operation, device))
+    for operation in operations if cuda else []:
+        # Last: whoever has been profiled once pays for it at every launch (CUPTI stays).
+        add(f"{operation.name}, kernels", kernel_records(operation, device, progress.console))
     return records
 
 
@@ -225,12 +263,14 @@ def main() -> None:
         about = machine.describe(device, options.threads)
         about |= {"seconds": time.perf_counter() - start, "other_processes": others.share()}
         report.show(console, about, records, verdicts)
-        path = Path(str(options.json).format(device=name))
+        path = Path(str(options.json).format(device=machine.file_name(device)))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**about, "targets": verdicts, "records": records}, indent=1) + "\n")
         busy = about["other_processes"]
         disturbed = "" if busy is None else f"; other processes took {busy:.0%} of the machine's CPU time meanwhile"
-        console.print(f"{about['seconds']:.0f} s{disturbed}; written to {path}")
+        counts = ", ".join(f"{sum(v['verdict'] == kind for v in verdicts)} {kind}" for kind in report.VERDICTS)
+        console.print(f"{about['seconds']:.0f} s{disturbed}; written to {path}", soft_wrap=True)
+        console.print(f"targets: {counts}")
 
 
 if __name__ == "__main__":

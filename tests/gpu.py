@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -221,7 +222,7 @@ def run_all(names: list[str], out: Path, seconds: float, console: Console) -> di
                 progress.add_task(f"{name}: {part.what}")
                 outcomes[name] = run(name, part, out, deadline)
         verdict, took, key = outcomes[name]
-        console.print(f"{name}: [{STYLES[verdict]}]{verdict}[/] after {took:.0f} s; {key}", soft_wrap=True)
+        console.print(f"{name}: [{STYLES[verdict]}]{verdict}[/] after {took:.0f} s; {escape(key)}", soft_wrap=True)
     return outcomes
 
 
@@ -233,7 +234,7 @@ def summary(outcomes: dict[str, Outcome]) -> Table:
     for heading in ("part", "verdict", "seconds", "what it says"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
     for name, (verdict, seconds, key) in outcomes.items():
-        table.add_row(name, f"[{STYLES[verdict]}]{verdict}[/]", f"{seconds:.0f}", key)
+        table.add_row(name, f"[{STYLES[verdict]}]{verdict}[/]", f"{seconds:.0f}", escape(key))
     return table
 
 
