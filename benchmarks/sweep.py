@@ -23,7 +23,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "benchmarks" / "sweep.cu"
 PROGRAM = ROOT / "build" / "sweep"
-MEGABYTES = (0.25, 1, 4, 16, 64, 256, 1024)
+MEGABYTES = (0.25, 1, 4, 8, 16, 32, 64, 256, 1024)
+RESULTS = ROOT / "benchmarks" / "results" / "latest-{device}-sweep.json"
 SHOWN = 5  # of the best configurations a step
 Record = dict[str, Any]
 
@@ -34,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--megabytes", nargs="+", type=float, default=MEGABYTES, help="of one tensor; default: %(default)s")
     add("--arch", default="native", help="nvcc's -arch; default: the GPU that is there")
     add("--build-only", action="store_true", help="compile and stop: needs no GPU")
-    add("--json", type=Path, default=ROOT / "benchmarks" / "results" / "latest-sweep.json", help="default: %(default)s")
+    add("--json", type=Path, default=RESULTS, help="default: results/latest-{device}-sweep.json, with the GPU's name")
     return parser.parse_args(arguments)
 
 
@@ -108,12 +109,14 @@ def main() -> int:
         console.print(table(records))
     import _checkout  # noqa: F401
     import torch
-    from machine import describe
+    from machine import describe, file_name
 
-    about = describe(torch.device("cuda"), threads=1)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({**about, "records": list(chain.from_iterable(sizes))}, indent=1) + "\n")
-    console.print(f"{about['machine']['gpu']}; written to {options.json}")
+    device = torch.device("cuda")
+    about = describe(device, threads=1)
+    path = Path(str(options.json).format(device=file_name(device)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "records": list(chain.from_iterable(sizes))}, indent=1) + "\n")
+    console.print(f"{about['machine']['gpu']}; written to {path}")
     return 0
 
 

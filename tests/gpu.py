@@ -43,7 +43,7 @@ class Part(NamedTuple):
     what: str
     seconds: float  # more than this it does not get
     commands: Callable[[Path], dict[str, Command]]  # by name, for the folder of results
-    key: str = r"\S.*"  # of a command's log the last line with this is shown in the summary
+    key: str = r"\S.*"  # what matches this last in a log is shown in the summary, else the log's last line
     at_once: bool = False  # else one after the other, as long as they succeed
 
 
@@ -110,7 +110,7 @@ PARTS = {
         key=r"SUMMARY: .*",
         at_once=True,
     ),
-    "bench": Part("benchmarks/run.py on CUDA, and its pictures", 270, bench, key=r"^targets: .*|.*\.png|.*Error.*"),
+    "bench": Part("benchmarks/run.py on CUDA, and its pictures", 270, bench, key=r"^targets: .*"),
     "digits": Part("benchmarks/train_digits.py on CUDA", 60, digits, key=r"(not )?bit-identical.*"),
     "sweep": Part("benchmarks/sweep.py: tiles and cache hints", 120, sweep),
 }
@@ -171,13 +171,10 @@ class Running:
             return False
         return re.search(self.command.says, self.log.read_text(errors="replace"), re.M) is not None
 
-    def key(self, pattern: str) -> str:
-        """What matches the pattern last in the log; else the last line."""
-        text = self.log.read_text(errors="replace").strip()
-        found = list(re.finditer(pattern, text, re.M))
-        if not found:
-            return (text.splitlines() or ["nothing in the log"])[-1]
-        return found[-1][0].strip()
+    def says(self, pattern: str) -> str | None:
+        """What matches last in its log."""
+        found = [match[0].strip() for match in re.finditer(pattern, self.log.read_text(errors="replace"), re.M)]
+        return found[-1] if found else None
 
 
 @contextmanager
@@ -202,11 +199,16 @@ def run(name: str, part: Part, out: Path, deadline: float) -> Outcome:
         in_time = all([each.wait(until) for each in running])
     verdict = "passed" if all(each.succeeded() for each in running) else "failed" if in_time else "timed out"
     shown = [each for each in running if verdict == "passed" or not each.succeeded()]
+    return Outcome(verdict, time.monotonic() - start, what_they_say(part, shown))
+
+
+def what_they_say(part: Part, commands: list[Running]) -> str:
+    keys = {each.log.stem.partition("-")[2]: each.says(part.key) for each in commands}
+    last_lines = {each.log.stem.partition("-")[2]: each.says(r"\S.*") for each in commands}
     if part.at_once:
-        keys = [f"{each.log.stem.removeprefix(name + '-')}: {each.key(part.key)}" for each in shown]
-    else:
-        keys = [each.key(part.key) for each in shown[-1:]]
-    return Outcome(verdict, time.monotonic() - start, "; ".join(keys))
+        return "; ".join(f"{name}: {keys[name] or last_lines[name] or 'nothing'}" for name in keys)
+    found = [text for text in (*last_lines.values(), *keys.values()) if text]
+    return found[-1] if found else "nothing in the log"
 
 
 def run_all(names: list[str], out: Path, seconds: float, console: Console) -> dict[str, Outcome]:
