@@ -262,7 +262,11 @@ def test_compiled_autograd_with_hooks(operation, device):
 def test_compiled_autograd_with_saved_tensor_hooks(operation, device):
     """What a hook packed is unpacked in the compiled backward: here the complement of the bits."""
     input = torch.tensor([1.0, -1, 2], device=device, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda bits: bits.tolist(), lambda bits: ~torch.tensor(bits).byte()):
+
+    def complement(bits):
+        return ~torch.tensor(bits, device=device).byte()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda bits: bits.tolist(), complement):
         output = operation.function(input)
     captured(output.sum().backward)
     assert input.grad.tolist() == [0, 1, 0]

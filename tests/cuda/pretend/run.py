@@ -1,0 +1,49 @@
+"""Runs the project's tests on a pretended CUDA device, in a CPU build of torch: python run.py [pytest's arguments].
+
+All tests that take `device`, and test_pretend.py. Builds what it needs below build/pretend: about a minute the first
+time.
+"""
+
+import ctypes
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+BUILT = ROOT / "build" / "pretend"
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version that torch was built for, without importing it."""
+    (package,) = find_spec("torch").submodule_search_locations
+    return runpy.run_path(str(Path(package) / "version.py"))["cuda"]
+
+
+def main() -> int:
+    if torch_cuda():
+        print("LEFT OUT, the tests on a pretended CUDA device: this torch is a CUDA build, and it needs a CPU build.")
+        return 0
+    print("building the extension over emulated CUDA", flush=True)
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # ninja is a program
+    command = [sys.executable, HERE / "build.py", BUILT]
+    built = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    if built.returncode:
+        print(built.stdout + built.stderr)
+        return built.returncode
+    sys.path[:1] = [str(BUILT), str(HERE)]
+    # Before torch, which asks once, when it is imported, whether there are CUDA hooks.
+    ctypes.CDLL(next(BUILT.glob("_device*.so")), ctypes.RTLD_GLOBAL)
+    import pytest
+
+    os.chdir(ROOT)
+    options = ["-p", "plugin", "-c", str(ROOT / "pyproject.toml"), "-o", "testpaths=tests/test_*.py tests/cuda/pretend"]
+    return pytest.main([*options, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""How often, on which device and on which stream kernels are launched; and that a bug there would show.
+
+Streams are known by their ids; 0 is every device's default stream.
+"""
+
+import ctypes
+from contextlib import contextmanager
+
+import pytest
+import torch
+from operations import DTYPES, assert_same, kept_by, mixed_values
+
+from relu_ext import ReLUFunction
+
+on_cuda = pytest.mark.parametrize("device", ["cuda"])
+over_devices = pytest.mark.parametrize("index", range(torch.cuda.device_count()))
+
+
+def numbers(*shape, device, dtype=torch.float32, seed=0):
+    return mixed_values(torch.Size(shape).numel(), dtype, device, seed).view(shape)
+
+
+def leaf(*shape, **options):
+    return numbers(*shape, **options).requires_grad_()
+
+
+def launches(function, *inputs):
+    """The result, and device and stream of every launch that it took."""
+    torch.ops.pretend.take_launches()
+    return function(*inputs), [tuple(launch) for launch in torch.ops.pretend.take_launches()]
+
+
+@contextmanager
+def current(stream):
+    before = torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    torch.accelerator.set_device_index(0)
+    yield stream.stream_id
+    torch.accelerator.set_stream(before)
+    torch.accelerator.set_device_index(0)
+
+
+def ways_to_run(operation):
+    """Each way gives function(input) -> output with a graph, for a leaf."""
+    return {
+        "function": operation.function,
+        "function in place": lambda input: operation.function_(input * 1),
+        "module": operation.module(),
+        "operators": lambda input: getattr(torch.ops.relu_ext, f"{operation.name}_forward")(input)[0],
+        "autograd.Function": ReLUFunction.apply,
+    }
+
+
+over_ways = pytest.mark.parametrize(
+    "way", ["function", "function in place", "module", "operators", "autograd.Function"]
+)
+
+
+# Launches
+
+
+@on_cuda
+@over_ways
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 333), (2**17 + 3,)], ids=str)
+def test_one_launch_each_way(operation, device, way, dtype, shape):
+    run = ways_to_run(operation)[way]
+    input = leaf(*shape, device=device, dtype=dtype)
+    grad = numbers(*shape, device=device, dtype=dtype, seed=1)
+    output, forward = launches(run, input)
+    _, backward = launches(torch.autograd.grad, output, input, grad)
+    assert (len(forward), len(backward)) == (1, 1)
+
+
+@on_cuda
+def test_one_launch_without_a_gradient(operation, device):
+    input = numbers(5, 7, device=device)
+    for function in (operation.function, operation.function_, operation.module(), operation.module(inplace=True)):
+        assert launches(function, input)[1] == [(0, 0)]
+
+
+@on_cuda
+def test_one_launch_for_gradients_of_any_layout(operation, device):
+    input = leaf(2, 3, 5, 7, device=device)
+    for grad in (
+        numbers(1, device=device)[0].expand(2, 3, 5, 7),
+        numbers(7, 5, 3, 2, device=device).permute(3, 2, 1, 0),
+    ):
+        output = operation.function(input)
+        assert launches(torch.autograd.grad, output, input, grad)[1] == [(0, 0)]
+
+
+@on_cuda
+def test_nothing_is_launched_for_no_elements(operation, device):
+    input = leaf(0, 3, device=device)
+    output, forward = launches(operation.function, input)
+    assert forward == launches(torch.autograd.grad, output, input, torch.ones_like(output))[1] == []
+
+
+@on_cuda
+def test_what_kernels_do_not_take_is_left_to_torch(operation, device):
+    for input in (numbers(6, 7, device=device)[:, 1:4], torch.arange(-3, 4, device=device)):
+        output, launched = launches(operation.function, input)
+        assert launched == []
+        assert_same(output, operation.definition(input))
+
+
+@on_cuda
+@over_ways
+def test_launches_are_checked(operation, device, way):
+    run = ways_to_run(operation)[way]
+    input = leaf(9, device=device)
+    torch.ops.pretend.refuse_next_launch()
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        run(input)
+    output = run(input)
+    torch.ops.pretend.refuse_next_launch()
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        output.sum().backward()
+
+
+# Devices and streams
+
+
+@on_cuda
+@over_devices
+@over_ways
+def test_launches_are_on_the_tensors_device(operation, device, index, way):
+    """Whatever the current one is, which stays; and on its current stream."""
+    run, place = ways_to_run(operation)[way], torch.device(device, index)
+    with current(torch.Stream(place)) as stream:
+        input = leaf(5, 7, device=place)
+        (output, (bits,)), forward = launches(kept_by, run, input)
+        assert torch.cuda.current_device() == 0
+    gradient, backward = launches(torch.autograd.grad, output, input, torch.ones_like(output))
+    assert forward == backward == [(index, stream)]  # autograd runs backward on the stream of forward
+    assert output.device == bits.device == gradient[0].device == place
+
+
+@on_cuda
+@over_devices
+def test_launches_without_history_are_on_the_tensors_device(operation, device, index):
+    place = torch.device(device, index)
+    input = numbers(5, 7, device=place)
+    backward = getattr(torch.ops.relu_ext, f"{operation.name}_backward")
+    bits = torch.ones(5, dtype=torch.uint8, device=place)
+    for run in (operation.function, operation.function_, lambda input: backward(input, bits, input.stride())):
+        assert launches(run, input)[1] == [(index, 0)]
+        with current(torch.Stream(place)) as stream:
+            output, launched = launches(run, input)
+        assert launched == [(index, stream)]
+        assert output.device == place
+
+
+@on_cuda
+def test_streams_of_threads_are_their_own(operation, device):
+    """Autograd's threads included: backward of two graphs, each on the stream of its forward, whatever is current."""
+    first, second = torch.Stream(device), torch.Stream(device)
+    inputs = leaf(9, device=device), leaf(9, device=device)
+    with current(first):
+        one = operation.function(inputs[0])
+    with current(second):
+        two = operation.function(inputs[1])
+        _, launched = launches(torch.autograd.grad, one.sum() + two.sum(), inputs)
+    assert sorted(launched) == [(0, first.stream_id), (0, second.stream_id)]
+
+
+# The pretence itself
+
+
+@on_cuda
+def test_fresh_memory_is_poisoned(device):
+    for fresh in (torch.empty(99, dtype=torch.uint8, device=device), torch.empty_like(numbers(99, device=device))):
+        assert (fresh.view(torch.uint8) == 0xA5).all()
+
+
+@on_cuda
+@pytest.mark.parametrize("place", [-1, 99])
+def test_a_byte_beside_a_tensor_is_seen(device, place):
+    memory = torch.empty(99, dtype=torch.uint8, device=device)
+    ctypes.memset(memory.data_ptr() + place, 0, 1)
+    del memory
+    assert torch.ops.pretend.take_broken_fences() == 1
+
+
+@on_cuda
+def test_tensors_of_two_devices_do_not_mix(device):
+    first, second = numbers(9, device=f"{device}:0"), numbers(9, device=f"{device}:1")
+    for other in (second, numbers(9, device="cpu")):
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            first + other
+    assert_same(first.to(second.device).cpu(), second.cpu())
+
+
+ATEN = {
+    "view": lambda x: x.view(-1)[3:].add_(1),
+    "in place": lambda x: x.mul_(2).t_(),
+    "out": lambda x: torch.add(x, 1, out=torch.empty(0, device=x.device)),
+    "out, a view": lambda x: torch.add(x[0], 1, out=x[1]),
+    "resized": lambda x: x.resize_(2, 3).add_(1),
+    "grown": lambda x: x.resize_(9, 9).fill_(2),
+    "set": lambda x: torch.empty(0, device=x.device).set_(x.untyped_storage(), 2, (3,), (2,)).add_(1),
+    "list": lambda x: torch.cat([x, x.t().contiguous().view(4, 5)]),
+    "parts": lambda x: x.split(2)[1].neg_(),
+    "several": lambda x: x.sort(1)[1],
+    "index": lambda x: x[torch.tensor([0, 2]), x[0, 1:3].long()],
+    "complex": lambda x: torch.complex(x, x).conj().imag,
+}
+
+
+@on_cuda
+@pytest.mark.parametrize("run", ATEN.values(), ids=ATEN)
+def test_aten_is_the_cpus(device, run):
+    """On the same memory, with the same strides."""
+    ours, theirs = torch.arange(20.0, device=device).view(4, 5), torch.arange(20.0).view(4, 5)
+    output, expected = run(ours), run(theirs)
+    assert output.device == ours.device == torch.device(device, 0)
+    assert output.stride() == expected.stride()
+    assert output.storage_offset() == expected.storage_offset()
+    assert_same(output.cpu(), expected)
+    assert ours.stride() == theirs.stride()
+    assert_same(ours.cpu(), theirs)
+    assert (output.untyped_storage().data_ptr() == ours.untyped_storage().data_ptr()) == (
+        expected.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
+    )
