@@ -36,7 +36,7 @@ STYLED := $(filter csrc/%,$(SOURCES)) $(shell find tests benchmarks -name '*.h' 
 CHECKERS := ruff==0.17.5 clang-format==23.1.5 nvidia-cuda-nvdisasm==13.5.37 \
   $(shell grep -E '^(numpy|pytest|rich)==' requirements.txt)
 CHECK := .venv-check/bin
-# The newest torch of which PyPI's own build is for the CUDA of most machines; several GB.
+# PyPI's build of it is for CUDA 13.0.
 CUDA_TORCH := torch==2.11.0
 
 .PHONY: test bench build check check-style check-cuda check-all cuda-build gpu format clean
@@ -53,6 +53,7 @@ build: $(BUILT)
 $(BUILT): $(SOURCES) $(READY)
 	@mkdir -p build; echo "building the extension, about a minute; the compiler's output goes to build/log"
 	@$(PY) setup.py build_ext --inplace --force >build/log 2>&1 || { cat build/log; exit 1; }
+	@grep '^relu_ext: ' build/log
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -87,14 +88,14 @@ cuda-build:
 .PHONY: build/cuda/ready
 build/cuda/ready:
 	@mkdir -p build/cuda; echo "building for CUDA; the compiler's output goes to build/cuda/log"
-	@PATH="$(dir $(CUDA_PY)):$$PATH" RELU_EXT_CUDA=1 $(CUDA_PY) setup.py build --build-base build/cuda --build-lib build/cuda/lib >build/cuda/log 2>&1 \
+	@PATH="$(abspath $(dir $(CUDA_PY))):$$PATH" RELU_EXT_CUDA=1 $(CUDA_PY) setup.py build --build-base build/cuda --build-lib build/cuda/lib >build/cuda/log 2>&1 \
 	  || { cat build/cuda/log; exit 1; }
 	$(CUDA_PY) tests/cuda/built.py build/cuda/lib
 
 .venv-cuda/ready: requirements.txt
 	@echo "$(PYTHON) has no CUDA build of torch: downloading one, several GB, into .venv-cuda"
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install -q $(CUDA_TORCH) $(shell grep -E '^(numpy|ninja|pybind11|setuptools)==' requirements.txt)
+	.venv-cuda/bin/python -m pip install -q $(CUDA_TORCH) $(shell grep -E '^(numpy|ninja|pybind11)==' requirements.txt) setuptools
 	touch $@
 
 gpu: $(READY)
