@@ -54,7 +54,11 @@ class Outcome(NamedTuple):
 
 
 def build(out: Path) -> dict[str, Command]:
-    setup = Command([PYTHON, "setup.py", "build_ext", "--inplace", "--force"], {"RELU_EXT_CUDA": "1"})
+    setup = Command(
+        [PYTHON, "setup.py", "build_ext", "--inplace", "--force"],
+        # compute-sanitizer then names lines of the sources; no instruction changes.
+        {"RELU_EXT_CUDA": "1", "NVCC_APPEND_FLAGS": "-lineinfo"},
+    )
     return {"build": setup, "info": Command([PYTHON, "-m", "relu_ext"], says=r"^cuda_archs +\w*\d")}
 
 
