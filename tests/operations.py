@@ -72,11 +72,12 @@ def special_values(dtype):
 
 def mixed_values(count, dtype, device="cpu", seed=0):
     """Normally distributed numbers, a third of them replaced by special values; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(count, generator=generator).to(dtype)
-    special = special_values(dtype)
-    places = torch.randperm(count, generator=generator)[: count // 3]
-    values[places] = special[torch.randint(len(special), (len(places),), generator=generator)]
+    with torch.device("cpu"):  # the generator's, whatever the default device
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(count, generator=generator).to(dtype)
+        special = special_values(dtype)
+        places = torch.randperm(count, generator=generator)[: count // 3]
+        values[places] = special[torch.randint(len(special), (len(places),), generator=generator)]
     return values.to(device)
 
 

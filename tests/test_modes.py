@@ -208,9 +208,9 @@ def test_function_mode_beside_a_default_device(operation, device, order):
     with contextlib.ExitStack() as stack:
         for mode in (watch, torch.device(device)) if order == "device inside" else (torch.device(device), watch):
             stack.enter_context(mode)
-        results = output_and_gradient(operation.function, numbers(5, 7))
+        results = output_and_gradient(operation.function, numbers(5, 7, device=device))
     assert operation.definition in watch.seen
-    assert_all_same(results, output_and_gradient(operation.definition, numbers(5, 7)))
+    assert_all_same(results, output_and_gradient(operation.definition, numbers(5, 7, device=device)))
 
 
 @pytest.fixture
@@ -221,9 +221,10 @@ def default_device(device):
 
 
 def test_default_device_leaves_the_kernels_on(operation, default_device):
-    assert operation.function(leaf(5, 7)).grad_fn.name() == node_name(operation)
-    assert operation.function_(leaf(5, 7) * 1).grad_fn.name() == node_name(operation)
-    assert_all_same(*(output_and_gradient(f, numbers(5, 7)) for f in (operation.function, operation.definition)))
+    assert operation.function(leaf(5, 7, device=default_device)).grad_fn.name() == node_name(operation)
+    assert operation.function_(leaf(5, 7, device=default_device) * 1).grad_fn.name() == node_name(operation)
+    input = numbers(5, 7, device=default_device)
+    assert_all_same(*(output_and_gradient(f, input) for f in (operation.function, operation.definition)))
 
 
 @pytest.mark.parametrize("default", ["cpu", "meta"])

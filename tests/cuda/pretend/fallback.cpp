@@ -130,6 +130,7 @@ class Call {
     if (value.isTensor()) return to_host(value.toTensor());
     if (value.isStorage()) return to_host(value.toStorage());
     if (value.isDevice() && value.toDevice().is_cuda()) return Device(c10::kCPU);
+    TORCH_CHECK(!value.isGenerator() || asked_cpu(), "Expected a 'cuda' device type for generator but found 'cpu'");
     if (!value.isList() || !holds_tensors(value)) return value;
     auto list = value.toList().copy();
     for (size_t i = 0; i < list.size(); ++i) list.set(i, to_host(list.get(i)));
@@ -165,7 +166,7 @@ class Call {
   }
 
   Tensor to_device(const Tensor& host) {
-    if (!host.defined() || (asked_ && asked_->is_cpu())) return host;
+    if (!host.defined() || asked_cpu()) return host;
     for (const auto& [ours, device] : tensors_)
       if (ours.is_same(host)) return device;
     const Storage storage = to_device(host.storage());
@@ -182,6 +183,8 @@ class Call {
     for (size_t i = 0; i < list.size(); ++i) list.set(i, to_device(list.get(i)));
     return list;
   }
+
+  bool asked_cpu() const { return asked_ && asked_->is_cpu(); }
 
   const c10::OperatorHandle& op_;
   torch::jit::Stack& stack_;
