@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import _checkout  # noqa: F401
 import torch
 from machine import last_level_cache, memory_bytes
 from torch import nn
+from torch.nn import functional as F
 
 import relu_ext
 
@@ -61,6 +63,38 @@ OPERATIONS = (
         function=Pair(relu_ext.relu, torch.relu),
         inplace=Pair(relu_ext.relu_, torch.relu_),
         module=Pair(relu_ext.ReLU, nn.ReLU),
+        bits=1,
+    ),
+    Operation(
+        name="relu6",
+        torch_name="F.relu6",
+        function=Pair(relu_ext.relu6, F.relu6),
+        inplace=Pair(relu_ext.relu6_, partial(F.relu6, inplace=True)),
+        module=Pair(relu_ext.ReLU6, nn.ReLU6),
+        bits=1,
+    ),
+    Operation(
+        name="hardtanh",
+        torch_name="F.hardtanh",
+        function=Pair(relu_ext.hardtanh, F.hardtanh),
+        inplace=Pair(relu_ext.hardtanh_, F.hardtanh_),
+        module=Pair(relu_ext.Hardtanh, nn.Hardtanh),
+        bits=1,
+    ),
+    Operation(
+        name="threshold",
+        torch_name="F.threshold",
+        function=Pair(*(partial(f, threshold=0.1, value=0.0) for f in (relu_ext.threshold, F.threshold))),
+        inplace=Pair(*(partial(f, threshold=0.1, value=0.0) for f in (relu_ext.threshold_, torch.threshold_))),
+        module=Pair(*(partial(module, 0.1, 0.0) for module in (relu_ext.Threshold, nn.Threshold))),
+        bits=1,
+    ),
+    Operation(
+        name="leaky_relu",
+        torch_name="F.leaky_relu",
+        function=Pair(relu_ext.leaky_relu, F.leaky_relu),
+        inplace=Pair(relu_ext.leaky_relu_, F.leaky_relu_),
+        module=Pair(relu_ext.LeakyReLU, nn.LeakyReLU),
         bits=1,
     ),
 )

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -64,12 +65,15 @@ auto recorded(const char* name, std::initializer_list<const Tensor*> inputs, boo
 
 // The registered operators, through the dispatcher.
 struct Registered {
-  c10::TypedOperatorHandle<Outputs(const Tensor&)> forward;
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef)> backward;
+  using Forward = Outputs(const Tensor&, at::ArrayRef<double>);
+  using Backward = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, at::ArrayRef<double>);
+
+  c10::TypedOperatorHandle<Forward> forward;
+  c10::TypedOperatorHandle<Backward> backward;
 
   explicit Registered(const Operation& operation)
-      : forward(find(operation, "_forward").typed<Outputs(const Tensor&)>()),
-        backward(find(operation, "_backward").typed<Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef)>()) {}
+      : forward(find(operation, "_forward").typed<Forward>()),
+        backward(find(operation, "_backward").typed<Backward>()) {}
 
   static c10::OperatorHandle find(const Operation& operation, const char* suffix) {
     const auto name = std::string("relu_ext::") + operation.name + suffix;
@@ -77,33 +81,44 @@ struct Registered {
   }
 };
 
-const Registered& registered(const Operation& operation) {
+const Registered& registered(const Bound& bound) {
   static const std::vector<Registered> rows(operations.begin(), operations.end());
-  return rows[&operation - operations.data()];
+  return rows[bound.operation - operations.data()];
+}
+at::ArrayRef<double> arguments(const Bound& bound) {
+  return {bound.scalars.data(), size_t(bound.operation->arguments)};
+}
+
+Outputs call_forward(const Bound& bound, const Tensor& input) {
+  return registered(bound).forward.call(input, arguments(bound));
+}
+Tensor call_backward(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  return registered(bound).backward.call(grad, bits, stride, arguments(bound));
 }
 
 // The same function of grad as ATen calls, for gradients that the kernels do not take: PyTorch then batches,
 // differentiates or traces them itself.
-Tensor gradient_definition(const Operation&, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+Tensor gradient_definition(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
   const Tensor position = at::arange(8, bits.options());
   const Tensor keep = bits.unsqueeze(1).__rshift__(position).__and__(1).to(at::kBool).flatten();
-  return at::where(keep.as_strided_symint(grad.sym_sizes(), stride), grad, 0);
+  const Tensor kept = keep.as_strided_symint(grad.sym_sizes(), stride);
+  if (bound.operation->activation == Activation::leaky_relu) return at::where(kept, grad, grad.mul(bound.scalars[0]));
+  return at::where(kept, grad, 0);
 }
 
-Tensor gradient(const Operation&, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride);
+Tensor gradient(const Bound&, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride);
 
 // Saves the bits of one activation and the strides that they follow; gives the input's gradient.
 struct BitsBackward final : Node {
-  BitsBackward(const Operation& operation, c10::SymIntArrayRef stride)
-      : operation_(&operation), stride_(stride.begin(), stride.end()) {}
+  BitsBackward(const Bound& bound, c10::SymIntArrayRef stride) : bound_(bound), stride_(stride.begin(), stride.end()) {}
 
-  std::string name() const override { return operation_->backward; }
+  std::string name() const override { return bound_.operation->backward; }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     variable_list inputs(1);
     if (grads[0].defined() && task_should_compute_output(0))
-      inputs[0] = gradient(*operation_, grads[0], bits_.unpack(), stride_);
+      inputs[0] = gradient(bound_, grads[0], bits_.unpack(), stride_);
     return inputs;
   }
 
@@ -114,14 +129,15 @@ struct BitsBackward final : Node {
 
   // Compiled autograd: what the graph depends on, and the same gradient as a function of tensors that it can trace.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(std::string(operation_->name));
+    args.collect(std::string(bound_.operation->name));
+    for (const double scalar : bound_.scalars) args.collect(scalar);
     args.collect(bits_, /*is_output=*/false);
     args.collect(c10::SymIntArrayRef(stride_));
   }
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& saved) override;
 
-  const Operation* operation_;
+  Bound bound_;
   c10::SymDimVector stride_;
   SavedVariable bits_;
 };
@@ -131,13 +147,13 @@ variable_list BitsBackward::apply_with_saved(const variable_list& grads,
   namespace compiled = torch::dynamo::autograd;
   using Stride = std::vector<c10::SymInt>;
 
-  const auto traced = [operation = operation_](const variable_list& grads, const std::vector<c10::IValue>& packed) {
+  const auto traced = [bound = bound_](const variable_list& grads, const std::vector<c10::IValue>& packed) {
     compiled::PackedArgs args(packed);
     const auto bits = args.unpack<Tensor>();
     const auto stride = args.unpack<Stride>();
     const auto needed = args.unpack<bool>();
     variable_list inputs(1);
-    if (needed && grads[0].defined()) inputs[0] = gradient(*operation, grads[0], bits, stride);
+    if (needed && grads[0].defined()) inputs[0] = gradient(bound, grads[0], bits, stride);
     return inputs;
   };
 
@@ -162,19 +178,18 @@ variable_list BitsBackward::apply_with_saved(const variable_list& grads,
 }
 
 // A node between `input` and what is about to be computed from it.
-std::pair<NodePtr, BitsBackward*> node_after(const Operation& operation, const Tensor& input,
-                                             c10::SymIntArrayRef stride) {
-  auto made = make_node<BitsBackward>(operation, stride);
+std::pair<NodePtr, BitsBackward*> node_after(const Bound& bound, const Tensor& input, c10::SymIntArrayRef stride) {
+  auto made = make_node<BitsBackward>(bound, stride);
   made.first->add_next_edge(torch::autograd::impl::gradient_edge(input));
   return made;
 }
 
 // launch(input) -> output, bits: with the node that remembers the bits.
 template <class Launch>
-Outputs forward_with_history(const Operation& operation, const Tensor& input, Launch launch) {
-  Outputs outputs = launch(operation, input);
+Outputs forward_with_history(const Bound& bound, const Tensor& input, Launch launch) {
+  Outputs outputs = launch(bound, input);
   auto& [output, bits] = outputs;
-  const auto [node, raw] = node_after(operation, input, output.sym_strides());
+  const auto [node, raw] = node_after(bound, input, output.sym_strides());
   torch::autograd::set_history(output, node);
   raw->bits_ = SavedVariable(bits, /*is_output=*/false);
   return outputs;
@@ -182,26 +197,25 @@ Outputs forward_with_history(const Operation& operation, const Tensor& input, La
 
 // launch(grad, bits, stride) -> gradient. It is linear in grad and so its own derivative: the same node again.
 template <class Stride, class Launch>
-Tensor gradient_with_history(const Operation& operation, const Tensor& grad, const Tensor& bits, Stride stride,
-                             Launch launch) {
-  Tensor result = launch(operation, grad, bits, stride);
-  const auto [node, raw] = node_after(operation, grad, result.sym_strides());
+Tensor gradient_with_history(const Bound& bound, const Tensor& grad, const Tensor& bits, Stride stride, Launch launch) {
+  Tensor result = launch(bound, grad, bits, stride);
+  const auto [node, raw] = node_after(bound, grad, result.sym_strides());
   torch::autograd::set_history(result, node);
   raw->bits_ = SavedVariable(bits, /*is_output=*/false);
   return result;
 }
 
-Tensor gradient(const Operation& operation, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+Tensor gradient(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
   const auto keys = effective_keys(grad);
   const Road taken = road(grad, keys);
   if (taken == Road::definition || effective_keys(bits) - keys::ours != keys - keys::ours)
-    return gradient_definition(operation, grad, bits, stride);
-  if (taken == Road::operators) return registered(operation).backward.call(grad, bits, stride);
+    return gradient_definition(bound, grad, bits, stride);
+  if (taken == Road::operators) return call_backward(bound, grad, bits, stride);
   const auto concrete = C10_AS_INTARRAYREF_SLOW(stride);
   const bool history = records_history(grad, keys);
-  return recorded(operation.recorded_back, {&grad, &bits}, history, [&] {
-    if (!history) return launch::backward(operation, grad, bits, concrete);
-    return gradient_with_history(operation, grad, bits, concrete, launch::backward);
+  return recorded(bound.operation->recorded_back, {&grad, &bits}, history, [&] {
+    if (!history) return launch::backward(bound, grad, bits, concrete);
+    return gradient_with_history(bound, grad, bits, concrete, launch::backward);
   });
 }
 
@@ -211,16 +225,16 @@ auto below_autograd(Call call) {
   return call();
 }
 
-void check_no_forward_grad(const Operation& operation, const Tensor& tensor) {
+void check_no_forward_grad(const Bound& bound, const Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(),
                               "relu_ext: the operators have no forward-mode "
                               "derivative; call relu_ext.",
-                              operation.name, "(), which has one");
+                              bound.operation->name, "(), which has one");
 }
 
 }  // namespace
 
-std::optional<Tensor> apply(const Operation& operation, const Tensor& input) {
+std::optional<Tensor> apply(const Bound& bound, const Tensor& input) {
   const auto keys = effective_keys(input);
   const Road taken = road(input, keys);
   if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return std::nullopt;
@@ -228,15 +242,15 @@ std::optional<Tensor> apply(const Operation& operation, const Tensor& input) {
   // What is kept for backward must not depend on modes; without history nothing is kept, and the definition serves.
   if (taken == Road::operators) {
     if (!history) return std::nullopt;
-    return std::get<0>(registered(operation).forward.call(input));
+    return std::get<0>(call_forward(bound, input));
   }
-  return recorded(operation.recorded, {&input}, history, [&] {
-    if (!history) return launch::forward(operation, input);
-    return std::get<0>(forward_with_history(operation, input, launch::forward_bits));
+  return recorded(bound.operation->recorded, {&input}, history, [&] {
+    if (!history) return launch::forward(bound, input);
+    return std::get<0>(forward_with_history(bound, input, launch::forward_bits));
   });
 }
 
-bool apply_(const Operation& operation, const Tensor& input) {
+bool apply_(const Bound& bound, const Tensor& input) {
   const auto keys = effective_keys(input);
   const Road taken = road(input, keys);
   if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return false;
@@ -246,16 +260,16 @@ bool apply_(const Operation& operation, const Tensor& input) {
   const auto bump_version = [&] {
     if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
   };
-  recorded(operation.recorded_, {&input}, history, [&] {
+  recorded(bound.operation->recorded_, {&input}, history, [&] {
     if (!history) {
-      launch::forward_(operation, input);
+      launch::forward_(bound, input);
       return bump_version();
     }
     // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new
     // version.
-    const auto [node, raw] = node_after(operation, input, input.sym_strides());
-    const Tensor bits = taken == Road::kernel ? launch::forward_bits_(operation, input) : below_autograd([&] {
-      auto [output, bits] = registered(operation).forward.call(input);
+    const auto [node, raw] = node_after(bound, input, input.sym_strides());
+    const Tensor bits = taken == Road::kernel ? launch::forward_bits_(bound, input) : below_autograd([&] {
+      auto [output, bits] = call_forward(bound, input);
       input.copy_(output);
       return bits;
     });
@@ -266,24 +280,22 @@ bool apply_(const Operation& operation, const Tensor& input) {
   return true;
 }
 
-Outputs operator_forward(const Operation& operation, const Tensor& input) {
-  check_no_forward_grad(operation, input);
-  const auto launch = [](const Operation& operation, const Tensor& input) {
-    return below_autograd([&] { return registered(operation).forward.call(input); });
+Outputs operator_forward(const Bound& bound, const Tensor& input) {
+  check_no_forward_grad(bound, input);
+  const auto launch = [](const Bound& bound, const Tensor& input) {
+    return below_autograd([&] { return call_forward(bound, input); });
   };
-  if (!records_history(input, effective_keys(input))) return launch(operation, input);
-  return forward_with_history(operation, input, launch);
+  if (!records_history(input, effective_keys(input))) return launch(bound, input);
+  return forward_with_history(bound, input, launch);
 }
 
-Tensor operator_backward(const Operation& operation, const Tensor& grad, const Tensor& bits,
-                         c10::SymIntArrayRef stride) {
-  check_no_forward_grad(operation, grad);
-  const auto launch = [](const Operation& operation, const Tensor& grad, const Tensor& bits,
-                         c10::SymIntArrayRef stride) {
-    return below_autograd([&] { return registered(operation).backward.call(grad, bits, stride); });
+Tensor operator_backward(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  check_no_forward_grad(bound, grad);
+  const auto launch = [](const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+    return below_autograd([&] { return call_backward(bound, grad, bits, stride); });
   };
-  if (!records_history(grad, effective_keys(grad))) return launch(operation, grad, bits, stride);
-  return gradient_with_history(operation, grad, bits, stride, launch);
+  if (!records_history(grad, effective_keys(grad))) return launch(bound, grad, bits, stride);
+  return gradient_with_history(bound, grad, bits, stride, launch);
 }
 
 }  // namespace relu_ext

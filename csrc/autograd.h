@@ -11,15 +11,14 @@
 namespace relu_ext {
 
 // The output by way of the kernels, or nullopt where the operation's ATen line must run instead.
-std::optional<at::Tensor> apply(const Operation&, const at::Tensor& input);
+std::optional<at::Tensor> apply(const Bound&, const at::Tensor& input);
 
 // In place. False: nothing was done, the ATen line must run. Throws PyTorch's own errors for a leaf that requires grad,
 // ...
-bool apply_(const Operation&, const at::Tensor& input);
+bool apply_(const Bound&, const at::Tensor& input);
 
 // The registered operators' kernels for the Autograd key.
-std::tuple<at::Tensor, at::Tensor> operator_forward(const Operation&, const at::Tensor& input);
-at::Tensor operator_backward(const Operation&, const at::Tensor& grad, const at::Tensor& bits,
-                             c10::SymIntArrayRef stride);
+std::tuple<at::Tensor, at::Tensor> operator_forward(const Bound&, const at::Tensor& input);
+at::Tensor operator_backward(const Bound&, const at::Tensor& grad, const at::Tensor& bits, c10::SymIntArrayRef stride);
 
 }  // namespace relu_ext

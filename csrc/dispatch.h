@@ -17,11 +17,14 @@ auto with_dtype(Dtype dtype, Body body) {
   __builtin_unreachable();
 }
 
-// body(act), act being the struct of this name.
-template <class Body>
-auto with_activation(Activation activation, Body body) {
+// body(act), act being the struct of this name for elements of type T on this device.
+template <class T, Device device, class Body>
+auto with_activation(Activation activation, const Scalars& scalars, Body body) {
   switch (activation) {
-    case Activation::relu: return body(Relu{});
+    case Activation::relu: return body(Relu<T, device>(scalars));
+    case Activation::hardtanh: return body(Hardtanh<T, device>(scalars));
+    case Activation::threshold: return body(Threshold<T, device>(scalars));
+    case Activation::leaky_relu: return body(LeakyRelu<T, device>(scalars));
   }
   __builtin_unreachable();
 }

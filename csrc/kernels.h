@@ -4,6 +4,7 @@
 // the activation keeps its input. n elements have (n + 7) / 8 bytes; the spare bits of the last one are 0. The same on
 // every backend. A worker owns multiples of 8 elements, so each byte has one writer.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace relu_ext {
@@ -11,11 +12,15 @@ namespace relu_ext {
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16 };
 
 // One name per struct of activations.h.
-enum class Activation : uint8_t { relu };
+enum class Activation : uint8_t { relu, hardtanh, threshold, leaky_relu };
+
+// An activation's scalar arguments, in the order of its definition; those that it does not have are 0.
+using Scalars = std::array<double, 2>;
 
 // output[i] = act(input[i]), and its bit where bits is not null. output may be input itself, else they don't overlap.
 struct Forward {
   Activation activation;
+  Scalars scalars;
   Dtype dtype;
   const void* input;
   void* output;
@@ -25,6 +30,7 @@ struct Forward {
 // output[i] = the gradient that grad[i] and bit i give. output may be grad itself, else they don't overlap.
 struct Backward {
   Activation activation;
+  Scalars scalars;
   Dtype dtype;
   const void* grad;
   const uint8_t* bits;

@@ -32,10 +32,10 @@ Tensor allocate_bits(const Tensor& input) {
   return backend_of(input).empty({bytes_of_bits(input.numel())}, at::kByte, at::MemoryFormat::Contiguous);
 }
 
-void run_forward(const Operation& operation, const Tensor& input, const Tensor& output, uint8_t* bits) {
-  backend_of(input).forward(
-      {operation.activation, checked_dtype(input), input.const_data_ptr(), output.mutable_data_ptr(), bits},
-      input.numel());
+void run_forward(const Bound& bound, const Tensor& input, const Tensor& output, uint8_t* bits) {
+  backend_of(input).forward({bound.operation->activation, bound.scalars, checked_dtype(input), input.const_data_ptr(),
+                             output.mutable_data_ptr(), bits},
+                            input.numel());
 }
 
 // Same place in memory for every element: strides agree wherever there is more than one step to take.
@@ -79,37 +79,37 @@ void check_backward(const Tensor& grad, const Tensor& bits, bool bits_fit, c10::
               grad.dim(), " dimensions");
 }
 
-Tensor forward(const Operation& operation, const Tensor& input) {
+Tensor forward(const Bound& bound, const Tensor& input) {
   const c10::OptionalDeviceGuard device(device_to_set(input));
   Tensor output = allocate_like(input);
-  run_forward(operation, input, output, nullptr);
+  run_forward(bound, input, output, nullptr);
   return output;
 }
 
-std::tuple<Tensor, Tensor> forward_bits(const Operation& operation, const Tensor& input) {
+std::tuple<Tensor, Tensor> forward_bits(const Bound& bound, const Tensor& input) {
   checked_dtype(input);
   const c10::OptionalDeviceGuard device(device_to_set(input));
   const bool dense = input.is_non_overlapping_and_dense();
   Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
   Tensor bits = allocate_bits(input);
   // No copy of the handle: a second reference to a tensor that Python owns takes the interpreter lock in torch 2.13.
-  run_forward(operation, dense ? input : output, output, bits.mutable_data_ptr<uint8_t>());
+  run_forward(bound, dense ? input : output, output, bits.mutable_data_ptr<uint8_t>());
   return {std::move(output), std::move(bits)};
 }
 
-void forward_(const Operation& operation, const Tensor& input) {
+void forward_(const Bound& bound, const Tensor& input) {
   const c10::OptionalDeviceGuard device(device_to_set(input));
-  run_forward(operation, input, input, nullptr);
+  run_forward(bound, input, input, nullptr);
 }
 
-Tensor forward_bits_(const Operation& operation, const Tensor& input) {
+Tensor forward_bits_(const Bound& bound, const Tensor& input) {
   const c10::OptionalDeviceGuard device(device_to_set(input));
   Tensor bits = allocate_bits(input);
-  run_forward(operation, input, input, bits.mutable_data_ptr<uint8_t>());
+  run_forward(bound, input, input, bits.mutable_data_ptr<uint8_t>());
   return bits;
 }
 
-Tensor backward(const Operation& operation, const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
+Tensor backward(const Bound& bound, const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
   const Dtype dtype = checked_dtype(grad);
   check_backward(grad, bits, bits.numel() == bytes_of_bits(grad.numel()), c10::fromIntArrayRefUnchecked(stride));
   TORCH_CHECK(is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
@@ -121,8 +121,8 @@ Tensor backward(const Operation& operation, const Tensor& grad, const Tensor& bi
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     source = &output.copy_(grad);
   }
-  backend_of(grad).backward({operation.activation, dtype, source->const_data_ptr(), bits.const_data_ptr<uint8_t>(),
-                             output.mutable_data_ptr()},
+  backend_of(grad).backward({bound.operation->activation, bound.scalars, dtype, source->const_data_ptr(),
+                             bits.const_data_ptr<uint8_t>(), output.mutable_data_ptr()},
                             grad.numel());
   return output;
 }

@@ -15,15 +15,15 @@ void check_backward(const at::Tensor& grad, const at::Tensor& bits, bool bits_fi
 
 // Outputs keep the input's strides where it is dense, else they have those of at::empty_like. Tensors are float32,
 // float64, float16 or bfloat16 on a device that the build has kernels for; anything else throws.
-at::Tensor forward(const Operation&, const at::Tensor& input);
-std::tuple<at::Tensor, at::Tensor> forward_bits(const Operation&, const at::Tensor& input);  // output, bits
+at::Tensor forward(const Bound&, const at::Tensor& input);
+std::tuple<at::Tensor, at::Tensor> forward_bits(const Bound&, const at::Tensor& input);  // output, bits
 
 // In place; input is dense.
-void forward_(const Operation&, const at::Tensor& input);
-at::Tensor forward_bits_(const Operation&, const at::Tensor& input);  // bits
+void forward_(const Bound&, const at::Tensor& input);
+at::Tensor forward_bits_(const Bound&, const at::Tensor& input);  // bits
 
 // The input's gradient, with the strides that the forward's output had: bits are in its memory order. A grad of another
 // layout is copied to it. Throws for bits or strides that do not fit grad.
-at::Tensor backward(const Operation&, const at::Tensor& grad, const at::Tensor& bits, at::IntArrayRef stride);
+at::Tensor backward(const Bound&, const at::Tensor& grad, const at::Tensor& bits, at::IntArrayRef stride);
 
 }  // namespace relu_ext::launch

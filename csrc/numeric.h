@@ -1,8 +1,12 @@
-// Element types without torch: 16-bit floats as their bits, and the branch-free selection that every activation is made
-// of. Plain C++17 that g++, clang and nvcc turn into vectors.
+// Element types without torch: 16-bit floats as their bits, their conversions, and the branch-free selection that every
+// activation is made of. Plain C++17 that g++, clang and nvcc turn into vectors.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 #ifdef __CUDACC__
 #define RELU_EXT_INLINE __host__ __device__ __forceinline__
@@ -35,8 +39,28 @@ RELU_EXT_INLINE bool operator<=(Float16<infinity> a, Float16<infinity> b) {
   return (a.rank() <= b.rank()) & !b.is_nan();
 }
 
+// value > 0
+RELU_EXT_INLINE bool is_positive(float value) { return value > 0; }
+RELU_EXT_INLINE bool is_positive(double value) { return value > 0; }
+template <uint16_t infinity>
+RELU_EXT_INLINE bool is_positive(Float16<infinity> value) {
+  return (int16_t(value.bits) > 0) & (int16_t(value.bits) <= int16_t(infinity));
+}
+
 using half = Float16<0x7c00>;
 using bfloat16 = Float16<0x7f80>;
+
+// What a type is computed in: float for the 16-bit ones.
+template <class T>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <class T>
+using Arithmetic = typename ArithmeticOf<T>::type;
 
 template <int bytes>
 struct WordOf;
@@ -56,17 +80,82 @@ struct WordOf<8> {
 template <class T>
 using Word = typename WordOf<sizeof(T)>::type;
 
+template <class To, class From>
+RELU_EXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 // keep ? a : b. Both are values already computed, so a loop around it becomes a vector blend. On integers, because
 // g++ 12 does not vectorise a conditional of structs.
 template <class T>
 RELU_EXT_INLINE T select(bool keep, T a, T b) {
-  Word<T> bits_a, bits_b;
-  std::memcpy(&bits_a, &a, sizeof(T));
-  std::memcpy(&bits_b, &b, sizeof(T));
-  const Word<T> bits = keep ? bits_a : bits_b;
-  T selected;
-  std::memcpy(&selected, &bits, sizeof(T));
-  return selected;
+  const Word<T> bits_a = bit_cast<Word<T>>(a), bits_b = bit_cast<Word<T>>(b);
+  return bit_cast<T>(keep ? bits_a : bits_b);
+}
+
+// widen<T>: the same value in the type that T is computed in. narrow<T>: to T, to the nearest, ties to even; a NaN
+// stays one. No step makes a subnormal float, so torch.set_flush_denormal changes nothing.
+RELU_EXT_INLINE float widen(float value) { return value; }
+RELU_EXT_INLINE double widen(double value) { return value; }
+RELU_EXT_INLINE float widen(bfloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
+RELU_EXT_INLINE float widen(half value) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(value.bits));
+#else
+  const uint32_t magnitude = value.bits & 0x7fffu, sign = uint32_t(value.bits & 0x8000u) << 16;
+  const uint32_t bias =
+      select(magnitude >= 0x7c00u, 0x70000000u, 0x38000000u);  // 112 << 23; twice for infinity and NaN
+  const uint32_t normal = (magnitude << 13) + bias;
+  const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);  // so many times 2^-24
+  return bit_cast<float>(sign | select(magnitude < 0x400u, subnormal, normal));
+#endif
+}
+
+template <class T>
+RELU_EXT_INLINE T narrow(Arithmetic<T> value) {
+  return value;
+}
+template <>
+RELU_EXT_INLINE bfloat16 narrow<bfloat16>(float value) {
+#ifdef __CUDA_ARCH__
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
+}
+template <>
+RELU_EXT_INLINE half narrow<half>(float value) {
+#ifdef __CUDA_ARCH__
+  return {__half_as_ushort(__float2half_rn(value))};
+#else
+  const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t capped = select(magnitude < 0x47800000u, magnitude, 0x47800000u);  // from 2^16 on: infinity
+  const uint32_t normal = (capped + 0xfffu + (capped >> 13 & 1u) - 0x38000000u) >> 13;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(capped) + 0.5f) - 0x3f000000u;  // steps of 2^-24 there
+  const uint32_t finite = select(magnitude < 0x38800000u, subnormal, normal);                   // 2^-14
+  return {uint16_t((bits >> 16 & 0x8000u) | select(magnitude > 0x7f800000u, 0x7e00u, finite))};
+#endif
+}
+
+// The greatest T that is not above value, the least that is not below: input <= value if and only if input <=
+// at_most<T>.
+template <class T>
+T at_most(Arithmetic<T> value) {
+  T nearest = narrow<T>(value);
+  if constexpr (sizeof(T) == 2)
+    if (widen(nearest) > value) nearest.bits = uint16_t(nearest.bits + (nearest.bits & 0x8000u ? 1 : -1));
+  return nearest;
+}
+template <class T>
+T at_least(Arithmetic<T> value) {
+  T nearest = narrow<T>(value);
+  if constexpr (sizeof(T) == 2)
+    if (widen(nearest) < value) nearest.bits = uint16_t(nearest.bits + (nearest.bits & 0x8000u ? -1 : 1));
+  return nearest;
 }
 
 }  // namespace relu_ext

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -20,26 +21,41 @@ using Outputs = std::tuple<Tensor, Tensor>;
 
 // Shapes and strides alone: Meta and Fake tensors.
 c10::SymInt sym_bytes_of_bits(const Tensor& tensor) { return (tensor.sym_numel() + 7) / 8; }
-Outputs meta_forward(const Tensor& input) {
+Outputs meta_forward(const Tensor& input, at::ArrayRef<double>) {
   launch::checked_dtype(input);
   return {at::empty_like(input), at::empty_symint({sym_bytes_of_bits(input)}, input.options().dtype(at::kByte))};
 }
-Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride, at::ArrayRef<double>) {
   launch::checked_dtype(grad);
   launch::check_backward(grad, bits, bits.sym_numel() == sym_bytes_of_bits(grad), stride);
   return at::empty_strided_symint(grad.sym_sizes(), stride, grad.options());
 }
 
+// The scalars of the row, those that a caller gives among them.
+Bound bind(const Operation& operation, at::ArrayRef<double> scalars) {
+  TORCH_CHECK(scalars.size() == size_t(operation.arguments), "relu_ext: ", operation.name, " has ", operation.arguments,
+              " scalars, got ", scalars.size());
+  Bound bound{&operation, operation.scalars};
+  std::copy(scalars.begin(), scalars.end(), bound.scalars.begin());
+  return bound;
+}
+
 // An operator's kernel is a plain function, so the row is a template argument here.
 template <size_t row>
 struct Kernels {
-  static Outputs forward(const Tensor& input) { return launch::forward_bits(operations[row], input); }
-  static Tensor backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-    return launch::backward(operations[row], grad, bits, C10_AS_INTARRAYREF_SLOW(stride));
+  static Outputs forward(const Tensor& input, at::ArrayRef<double> scalars) {
+    return launch::forward_bits(bind(operations[row], scalars), input);
   }
-  static Outputs autograd_forward(const Tensor& input) { return operator_forward(operations[row], input); }
-  static Tensor autograd_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-    return operator_backward(operations[row], grad, bits, stride);
+  static Tensor backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride,
+                         at::ArrayRef<double> scalars) {
+    return launch::backward(bind(operations[row], scalars), grad, bits, C10_AS_INTARRAYREF_SLOW(stride));
+  }
+  static Outputs autograd_forward(const Tensor& input, at::ArrayRef<double> scalars) {
+    return operator_forward(bind(operations[row], scalars), input);
+  }
+  static Tensor autograd_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride,
+                                  at::ArrayRef<double> scalars) {
+    return operator_backward(bind(operations[row], scalars), grad, bits, stride);
   }
 };
 
@@ -58,8 +74,9 @@ std::string backward_name(size_t row) { return std::string(operations[row].name)
 
 TORCH_LIBRARY(relu_ext, library) {
   for_rows([&](auto row) {
-    library.def((forward_name(row) + "(Tensor input) -> (Tensor output, Tensor bits)").c_str());
-    library.def((backward_name(row) + "(Tensor grad, Tensor bits, SymInt[] stride) -> Tensor").c_str());
+    library.def((forward_name(row) + "(Tensor input, float[] scalars=[]) -> (Tensor output, Tensor bits)").c_str());
+    library.def(
+        (backward_name(row) + "(Tensor grad, Tensor bits, SymInt[] stride, float[] scalars=[]) -> Tensor").c_str());
   });
 }
 

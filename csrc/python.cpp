@@ -1,5 +1,5 @@
-// What Python sees: for every row of the table NAME(input, inplace) and NAME_(input), which return NotImplemented where
-// the operation's ATen line must run instead; and the facts of this build.
+// What Python sees: for every row of the table NAME(input, scalars..., inplace) and NAME_(input, scalars...), which
+// return NotImplemented where the operation's ATen line must run instead; and the facts of this build.
 //
 // The entries use the C API: every call of a layer goes through them, and pybind11 would add to its time.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -8,6 +8,7 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -46,48 +47,84 @@ auto without_gil(const at::Tensor& input, Call call) {
   return call();
 }
 
-// Both give nullptr where the operation's ATen line must run.
-PyObject* call(const Operation& operation, PyObject* input) {
-  if (!THPVariable_CheckExact(input) || !function_modes_allow()) return nullptr;
-  const at::Tensor& tensor = THPVariable_Unpack(input);
-  auto output = without_gil(tensor, [&] { return apply(operation, tensor); });
-  return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
-}
-PyObject* call_(const Operation& operation, PyObject* input) {
-  if (!THPVariable_CheckExact(input) || !function_modes_allow()) return nullptr;
-  const at::Tensor& tensor = THPVariable_Unpack(input);
-  return without_gil(tensor, [&] { return apply_(operation, tensor); }) ? Py_NewRef(input) : nullptr;
+// An int beyond this is not a double, and a bool no number.
+constexpr long long exact_in_double = 1ll << 53;
+
+std::optional<double> number(PyObject* object) {
+  if (PyFloat_CheckExact(object)) {
+    const double value = PyFloat_AS_DOUBLE(object);
+    return std::isnan(value) ? std::nullopt : std::optional(value);
+  }
+  if (!PyLong_CheckExact(object)) return std::nullopt;
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  if (overflow || value > exact_in_double || value < -exact_in_double) return std::nullopt;
+  return double(value);
 }
 
-// NAME(input, inplace). An inplace that is no bool (a symbol of torch.fx, say) is left to the ATen line.
+// The operation with the scalars that a caller gives; nullopt where one is no plain number, or where ATen has an error.
+std::optional<Bound> bind(const Operation& operation, PyObject* const* scalars) {
+  Bound bound{&operation, operation.scalars};
+  for (int i = 0; i < operation.arguments; ++i) {
+    const auto value = number(scalars[i]);
+    if (!value) return std::nullopt;
+    bound.scalars[i] = *value;
+  }
+  if (operation.activation == Activation::hardtanh && bound.scalars[0] > bound.scalars[1]) return std::nullopt;
+  return bound;
+}
+
+// Both give nullptr where the operation's ATen line must run.
+PyObject* call(const Bound& bound, PyObject* input) {
+  const at::Tensor& tensor = THPVariable_Unpack(input);
+  auto output = without_gil(tensor, [&] { return apply(bound, tensor); });
+  return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
+}
+PyObject* call_(const Bound& bound, PyObject* input) {
+  const at::Tensor& tensor = THPVariable_Unpack(input);
+  return without_gil(tensor, [&] { return apply_(bound, tensor); }) ? Py_NewRef(input) : nullptr;
+}
+
+PyObject* call(const Operation& operation, PyObject* const* args, bool inplace) {
+  if (!THPVariable_CheckExact(args[0]) || !function_modes_allow()) return nullptr;
+  const auto bound = bind(operation, args + 1);
+  if (!bound) return nullptr;
+  return inplace ? call_(*bound, args[0]) : call(*bound, args[0]);
+}
+
+// NAME(input, scalars..., inplace). An inplace that is no bool (a symbol of torch.fx, say) is left to the ATen line.
 template <size_t row>
 PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  PyObject* output = nullptr;
-  if (count == 2 && args[1] == Py_False) output = call(operations[row], args[0]);
-  if (count == 2 && args[1] == Py_True) output = call_(operations[row], args[0]);
-  if (output) return output;
+  constexpr const Operation& operation = operations[row];
+  if (count == operation.arguments + 2 && PyBool_Check(args[count - 1]))
+    if (PyObject* output = call(operation, args, args[count - 1] == Py_True)) return output;
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }
 
-// NAME_(input).
+// NAME_(input, scalars...).
 template <size_t row>
-PyObject* entry_(PyObject*, PyObject* input) {
+PyObject* entry_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (PyObject* output = call_(operations[row], input)) return output;
+  constexpr const Operation& operation = operations[row];
+  if (count == operation.arguments + 1)
+    if (PyObject* output = call(operation, args, /*inplace=*/true)) return output;
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
 template <size_t... rows>
 PyMethodDef* methods(std::index_sequence<rows...>) {
   static const std::string names_[] = {std::string(operations[rows].name) + "_" ...};
-  static PyMethodDef table[] = {
-      {operations[rows].name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<rows>)), METH_FASTCALL,
-       nullptr}...,
-      {names_[rows].c_str(), entry_<rows>, METH_O, nullptr}...,
-      {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef table[] = {method<entry<rows>>(operations[rows].name)...,
+                                method<entry_<rows>>(names_[rows].c_str())...,
+                                {nullptr, nullptr, 0, nullptr}};
   return table;
 }
 

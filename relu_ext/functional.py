@@ -5,6 +5,7 @@ TorchScript see nothing else; plain dense tensors in eager mode take the kernels
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -32,36 +33,32 @@ def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
     return function
 
 
-def _unary(kernel: Callable) -> Callable:
-    """Decorates the definition of ``operation(input, inplace=False)``.
+def _kernel(kernel: Callable) -> Callable:
+    """Decorates an operation's definition: the function made of it asks ``kernel`` first.
 
-    ``kernel(input, inplace)`` returns NotImplemented for what it leaves to the definition.
+    ``kernel`` takes the same arguments in the same order, and returns NotImplemented for what it leaves to the
+    definition. The function is written out, as :mod:`dataclasses` does: its signature is the definition's, and a call
+    goes through no frame but its own.
     """
 
     def decorate(definition: Callable) -> Callable:
-        def function(input, inplace=False):
-            output = kernel(input, inplace)
-            return definition(input, inplace) if output is NotImplemented else output
-
+        parameters = inspect.signature(definition).parameters
+        arguments = ", ".join(parameters)
+        source = (
+            f"def function({arguments}):\n"
+            f"    output = kernel({arguments})\n"
+            f"    return definition({arguments}) if output is NotImplemented else output\n"
+        )
+        names: dict[str, Callable] = {"kernel": kernel, "definition": definition}
+        exec(compile(source, __file__, "exec"), names)
+        function = names["function"]
+        function.__defaults__ = definition.__defaults__
         return _seen_by_compilers(function, definition)
 
     return decorate
 
 
-def _unary_(kernel_: Callable) -> Callable:
-    """The same for ``operation_(input)``, always in place."""
-
-    def decorate(definition: Callable) -> Callable:
-        def function(input):
-            output = kernel_(input)
-            return definition(input) if output is NotImplemented else output
-
-        return _seen_by_compilers(function, definition)
-
-    return decorate
-
-
-@_unary(_C.relu)
+@_kernel(_C.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` element by element; a drop-in for :func:`torch.nn.functional.relu`.
 
@@ -84,7 +81,79 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu(input, inplace)
 
 
-@_unary_(_C.relu_)
+@_kernel(_C.relu_)
 def relu_(input: Tensor) -> Tensor:
     """:func:`relu` in place; a drop-in for :func:`torch.relu_`."""
     return torch.relu_(input)
+
+
+@_kernel(_C.relu6)
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """``min(max(input, 0), 6)``; a drop-in for :func:`torch.nn.functional.relu6`: :func:`hardtanh` from 0 to 6."""
+    return F.relu6(input, inplace)
+
+
+@_kernel(_C.relu6_)
+def relu6_(input: Tensor) -> Tensor:
+    """:func:`relu6` in place."""
+    return F.relu6(input, inplace=True)
+
+
+@_kernel(_C.hardtanh)
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """``min(max(input, min_val), max_val)``; a drop-in for :func:`torch.nn.functional.hardtanh`.
+
+    Input, result and ``inplace`` as in :func:`relu`. NaN stays NaN.
+
+    Gradient: ``grad`` where ``not (input <= min_val or input >= max_val)``, else 0; as ATen's ``hardtanh_backward``, of
+    whose two answers for NaN (they depend on the place in memory) it is the one of the scalar code: NaN passes.
+    It needs one bit an element, which is all that is kept.
+
+    Raises:
+        What ``torch.nn.functional.hardtanh`` raises, for instance ValueError for ``min_val > max_val``.
+    """
+    return F.hardtanh(input, min_val, max_val, inplace)
+
+
+@_kernel(_C.hardtanh_)
+def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    """:func:`hardtanh` in place; a drop-in for :func:`torch.nn.functional.hardtanh_`."""
+    return F.hardtanh_(input, min_val, max_val)
+
+
+@_kernel(_C.threshold)
+def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """``input`` where it is above ``threshold``, else ``value``; a drop-in for :func:`torch.nn.functional.threshold`.
+
+    With ``value`` 0 it is FATReLU (arXiv:2002.00776). Input, result and ``inplace`` as in :func:`relu`. NaN stays NaN.
+
+    Gradient: ``grad`` where ``not (input <= threshold)``, else 0, so NaN passes; as ATen's ``threshold_backward``. It
+    needs one bit an element, which is all that is kept.
+    """
+    return F.threshold(input, threshold, value, inplace)
+
+
+@_kernel(_C.threshold_)
+def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
+    """:func:`threshold` in place; a drop-in for :func:`torch.threshold_`."""
+    return torch.threshold_(input, threshold, value)
+
+
+@_kernel(_C.leaky_relu)
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """``input`` where it is above 0, else ``input * negative_slope``; a drop-in for
+    :func:`torch.nn.functional.leaky_relu`.
+
+    Input, result and ``inplace`` as in :func:`relu`. 16-bit types are multiplied in float32.
+
+    Gradient: ``grad`` where ``input > 0``, else ``grad * negative_slope``, also at NaN; as ATen's
+    ``leaky_relu_backward``. It needs one bit an element, which is all that is kept, so a negative slope works in place
+    too, where torch raises in backward.
+    """
+    return F.leaky_relu(input, negative_slope, inplace)
+
+
+@_kernel(_C.leaky_relu_)
+def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    """:func:`leaky_relu` in place; a drop-in for :func:`torch.nn.functional.leaky_relu_`."""
+    return F.leaky_relu_(input, negative_slope)

@@ -1,17 +1,44 @@
-"""The operations as modules: torch's own classes with another ``forward``."""
+"""The operations as modules: torch's own classes with another ``forward``.
+
+Each is an instance of the torch class of its name and takes its arguments; attributes, repr and state_dict are the same.
+"""
 
 import torch
 from torch import Tensor
 
-from .functional import relu
+from .functional import hardtanh, leaky_relu, relu, threshold
 
 
 class ReLU(torch.nn.ReLU):
-    """A drop-in for :class:`torch.nn.ReLU`, which it is an instance of; see :func:`relu_ext.relu`.
-
-    Args:
-        inplace: overwrite the input.
-    """
+    """A drop-in for :class:`torch.nn.ReLU`; see :func:`relu_ext.relu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return relu(input, self.inplace)
+
+
+class Hardtanh(torch.nn.Hardtanh):
+    """A drop-in for :class:`torch.nn.Hardtanh`; see :func:`relu_ext.hardtanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class ReLU6(torch.nn.ReLU6):
+    """A drop-in for :class:`torch.nn.ReLU6`; see :func:`relu_ext.relu6`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class Threshold(torch.nn.Threshold):
+    """A drop-in for :class:`torch.nn.Threshold`; see :func:`relu_ext.threshold`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return threshold(input, self.threshold, self.value, self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    """A drop-in for :class:`torch.nn.LeakyReLU`; see :func:`relu_ext.leaky_relu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return leaky_relu(input, self.negative_slope, self.inplace)

@@ -17,7 +17,7 @@ def leaf(*shape, **options):
 
 def node_name(operation):
     """Of the node that keeps bits: a tensor with it has come by the kernels or the registered operators."""
-    return operation.module.__name__ + "Backward"
+    return operation.node
 
 
 def output_and_gradient(function, input):

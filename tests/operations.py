@@ -1,5 +1,6 @@
-"""The table that the tests walk: one row an operation, so that a new row is tested without a new test."""
+"""The table that the tests walk: one row an operation and its scalars; a new row is tested without a new test."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import relu_ext
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of relu_ext and what defines it.
+    """One operation of relu_ext with the scalars of its calls, and what defines it.
 
-    ``keep`` gives the bit of every element as a bool tensor: the gradient passes where it is True.
+    ``keep`` gives the bit of every element as a bool tensor: the gradient passes where it is True. Elsewhere it is
+    multiplied by ``slope``; None stands for a gradient of 0, whatever arrives.
     """
 
     name: str
@@ -22,25 +24,175 @@ class Operation:
     function_: Callable  # the same in place
     definition: Callable  # (input) -> output, torch's
     definition_: Callable  # the same in place
-    module: type  # relu_ext's, takes inplace=
-    torch_module: type
+    module: Callable  # relu_ext's, takes inplace=
+    torch_module: Callable
     keep: Callable
+    scalars: tuple = ()  # what the functions have been given, or their defaults; the operators have no defaults
+    slope: float | None = None
+    gradient_at_nan: bool = True  # False where torch has two answers
 
     def __str__(self):
-        return self.name
+        defaults = isinstance(self.module, type)
+        return self.name if defaults else f"{self.name}({', '.join(map(str, self.scalars))})"
+
+    @property
+    def torch_has_gradient_in_place(self):
+        """It refuses that of leaky_relu with a negative slope."""
+        return self.slope is None or self.slope >= 0
+
+    def differentiable_(self, input):
+        """``definition_``, whose gradient exists for every slope."""
+        if self.torch_has_gradient_in_place:
+            return self.definition_(input)
+        return input.copy_(self.definition(input.clone()))
+
+    @property
+    def node(self):
+        """Of the node that keeps bits: a tensor with it has come by the kernels or the registered operators."""
+        return getattr(self.module, "func", self.module).__name__ + "Backward"
+
+    def masked(self, grad, keep):
+        """The gradient that these bits make of ``grad``, by the formula."""
+        if self.slope is None:
+            return torch.where(keep, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+        return torch.where(keep, grad, (wide(grad) * self.slope).to(grad.dtype))
+
+    def forward(self, input):
+        """The registered operator: output and bits."""
+        return getattr(torch.ops.relu_ext, self.name + "_forward")(input, self.scalars)
+
+    def backward(self, grad, bits, stride):
+        return getattr(torch.ops.relu_ext, self.name + "_backward")(grad, bits, stride, self.scalars)
 
 
+def wide(tensor):
+    """In the type that it is computed in: float32 for 16 bits."""
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor
+
+
+def bound(function, *scalars):
+    return lambda input, inplace=False: function(input, *scalars, inplace)
+
+
+def bound_(function_, *scalars):
+    return lambda input: function_(input, *scalars)
+
+
+def between(low, high):
+    return lambda input: ~((wide(input) <= low) | (wide(input) >= high))
+
+
+def above(threshold):
+    """ATen compares with the threshold as a float on the CPU, rounded to the type of the elements on CUDA."""
+
+    def keep(input):
+        rounded = torch.tensor(threshold, dtype=(input if input.is_cuda else wide(input)).dtype)
+        return ~(wide(input) <= rounded.item())
+
+    return keep
+
+
+def hardtanh_row(low, high):
+    return Operation(
+        name="hardtanh",
+        function=bound(relu_ext.hardtanh, low, high),
+        function_=bound_(relu_ext.hardtanh_, low, high),
+        definition=bound(F.hardtanh, low, high),
+        definition_=bound_(F.hardtanh_, low, high),
+        module=functools.partial(relu_ext.Hardtanh, low, high),
+        torch_module=functools.partial(torch.nn.Hardtanh, low, high),
+        keep=between(low, high),
+        scalars=(low, high),
+        gradient_at_nan=False,
+    )
+
+
+def threshold_row(threshold, value):
+    return Operation(
+        name="threshold",
+        function=bound(relu_ext.threshold, threshold, value),
+        function_=bound_(relu_ext.threshold_, threshold, value),
+        definition=bound(F.threshold, threshold, value),
+        definition_=bound_(torch.threshold_, threshold, value),
+        module=functools.partial(relu_ext.Threshold, threshold, value),
+        torch_module=functools.partial(torch.nn.Threshold, threshold, value),
+        keep=above(threshold),
+        scalars=(threshold, value),
+    )
+
+
+def leaky_relu_row(slope):
+    return Operation(
+        name="leaky_relu",
+        function=bound(relu_ext.leaky_relu, slope),
+        function_=bound_(relu_ext.leaky_relu_, slope),
+        definition=bound(F.leaky_relu, slope),
+        definition_=bound_(F.leaky_relu_, slope),
+        module=functools.partial(relu_ext.LeakyReLU, slope),
+        torch_module=functools.partial(torch.nn.LeakyReLU, slope),
+        keep=lambda input: input > 0,
+        scalars=(slope,),
+        slope=slope,
+    )
+
+
+RELU = Operation(
+    name="relu",
+    function=relu_ext.relu,
+    function_=relu_ext.relu_,
+    definition=F.relu,
+    definition_=torch.relu_,
+    module=relu_ext.ReLU,
+    torch_module=torch.nn.ReLU,
+    keep=lambda input: ~(input <= 0),
+)
+RELU6 = Operation(
+    name="relu6",
+    function=relu_ext.relu6,
+    function_=relu_ext.relu6_,
+    definition=F.relu6,
+    definition_=functools.partial(F.relu6, inplace=True),
+    module=relu_ext.ReLU6,
+    torch_module=torch.nn.ReLU6,
+    keep=between(0, 6),
+    gradient_at_nan=False,
+)
+HARDTANH = Operation(
+    name="hardtanh",
+    function=relu_ext.hardtanh,
+    function_=relu_ext.hardtanh_,
+    definition=F.hardtanh,
+    definition_=bound_(F.hardtanh_, -1.0, 1.0),
+    module=relu_ext.Hardtanh,
+    torch_module=torch.nn.Hardtanh,
+    keep=between(-1, 1),
+    scalars=(-1.0, 1.0),
+    gradient_at_nan=False,
+)
+LEAKY_RELU = Operation(
+    name="leaky_relu",
+    function=relu_ext.leaky_relu,
+    function_=relu_ext.leaky_relu_,
+    definition=F.leaky_relu,
+    definition_=bound_(F.leaky_relu_, 0.01),
+    module=relu_ext.LeakyReLU,
+    torch_module=torch.nn.LeakyReLU,
+    keep=lambda input: input > 0,
+    scalars=(0.01,),
+    slope=0.01,
+)
+
+# Functions and modules as they are, without scalars that are bound to them.
+WITH_DEFAULTS = [RELU, RELU6, HARDTANH, LEAKY_RELU]
+# One each with no scalars, with scalars, and one that computes: for what asks more of PyTorch than of the operation.
+REPRESENTATIVE = [RELU, HARDTANH, LEAKY_RELU]
 OPERATIONS = [
-    Operation(
-        name="relu",
-        function=relu_ext.relu,
-        function_=relu_ext.relu_,
-        definition=F.relu,
-        definition_=torch.relu_,
-        module=relu_ext.ReLU,
-        torch_module=torch.nn.ReLU,
-        keep=lambda input: ~(input <= 0),
-    ),
+    *WITH_DEFAULTS,
+    hardtanh_row(-0.3, 0.7),  # neither is a number of 16 bits
+    threshold_row(0.1, 0.0),
+    threshold_row(0.3, -0.7),
+    leaky_relu_row(-0.3),
+    leaky_relu_row(1.5),
 ]
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -71,7 +223,10 @@ def special_values(dtype):
 
 
 def mixed_values(count, dtype, device="cpu", seed=0):
-    """Normally distributed numbers, a third of them replaced by special values; the same for the same seed."""
+    """Normally distributed numbers, a third of them replaced by special values; the same for the same seed.
+
+    In tests of an operation whose gradient at NaN torch leaves open there is no NaN, unless they ask for it.
+    """
     with torch.device("cpu"):  # the generator's, whatever the default device
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(count, generator=generator).to(dtype)

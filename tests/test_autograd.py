@@ -13,10 +13,10 @@ from relu_ext import ReLUFunction
 
 
 def numbers(*shape, device="cpu", dtype=torch.float64, seed=0):
-    """At least 0.1 away from zero, where finite differences would straddle the kink."""
+    """Odd multiples of 0.05, as kinks are at tenths: finite differences must not straddle them."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=dtype)
-    return (values + 0.1 * values.sign()).to(device)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return ((10 * values).floor() / 10 + 0.05).to(device, dtype)
 
 
 def leaf(*shape, **options):
@@ -79,8 +79,9 @@ def test_gradcheck_in_place(operation, device, build):
     def function(input):
         return operation.function_(input.clone())
 
-    assert gradcheck(function, build(device), check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, build(device), check_fwd_over_rev=True, check_batched_grad=True)
+    forward = operation.torch_has_gradient_in_place  # dual tensors take the definition
+    assert gradcheck(function, build(device), check_forward_ad=forward, check_batched_grad=True)
+    assert gradgradcheck(function, build(device), check_fwd_over_rev=forward, check_batched_grad=True)
 
 
 def test_gradcheck_in_place_on_a_view(operation, device):
@@ -148,7 +149,7 @@ def test_parameters_are_plain_tensors(operation, device):
     assert type(output) is torch.Tensor
     assert bits.dtype == torch.uint8
     output.sum().backward()
-    assert_same(parameter.grad, operation.keep(parameter).to(parameter.dtype))
+    assert_same(parameter.grad, operation.masked(torch.ones_like(output), operation.keep(parameter)))
     assert error_of(operation.function_, parameter) == error_of(operation.definition_, parameter)
 
 
@@ -227,11 +228,12 @@ def test_a_deep_graph_is_freed_without_recursion(operation):
 
 def test_saved_tensor_hooks_may_replace_the_bits(operation, device):
     """What a hook packs is what backward uses: here the complement, so that the gradient changes sides."""
-    input = torch.tensor([1.0, -1, 2], device=device, requires_grad=True)
+    input = torch.tensor([0.5, -1, 0.6], device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda bits: (~bits).cpu(), lambda bits: bits.to(device)):
         output = operation.function(input)
     output.sum().backward()
-    assert input.grad.tolist() == [0, 1, 0]
+    complement = torch.tensor([False, True, False], device=device)
+    assert_same(input.grad, operation.masked(torch.ones(3, device=device), complement))
 
 
 # The graph
@@ -240,7 +242,7 @@ def test_saved_tensor_hooks_may_replace_the_bits(operation, device):
 def test_node(operation, device):
     middle = leaf(3, device=device) * 1
     output = operation.function(middle)
-    assert output.grad_fn.name() == operation.module.__name__ + "Backward"
+    assert output.grad_fn.name() == operation.node
     assert f"grad_fn=<{output.grad_fn.name()}>" in repr(output)
     assert output.grad_fn.next_functions == ((middle.grad_fn, 0),)
     seen = []
@@ -298,7 +300,7 @@ def test_gradient_that_does_not_arrive(operation, device):
 
 def test_incoming_gradient_is_not_overwritten_nor_shared(operation, device):
     """Also where every element passes and the same memory would do."""
-    input = numbers(7, device=device).abs().requires_grad_()
+    input = torch.full((7,), 0.5, device=device, dtype=torch.float64, requires_grad=True)
     grad = numbers(7, device=device, seed=1)
     before = grad.clone()
     operation.function(input).backward(grad)
@@ -308,7 +310,7 @@ def test_incoming_gradient_is_not_overwritten_nor_shared(operation, device):
 
 
 def test_input_changed_after_forward(operation, device):
-    """Bits do not depend on the input either, as with torch, which keeps the output."""
+    """Bits do not depend on the input either, which torch's relu does not keep and its others do."""
 
     def run(function):
         input = leaf(7, device=device)
@@ -317,7 +319,7 @@ def test_input_changed_after_forward(operation, device):
         middle.mul_(-1)
         return torch.autograd.grad(output.sum() + middle.sum(), input)[0]
 
-    assert_same(run(operation.function), run(operation.definition))
+    assert_same(run(operation.function), run(lambda middle: operation.definition(middle.clone())))
 
 
 # The output changed in place: an error with torch, which keeps it, but bits do not depend on it
@@ -565,8 +567,11 @@ WORKS = [
 
 @pytest.mark.parametrize("case", WORKS, ids=lambda case: case.__name__)
 def test_in_place_is_torchs(operation, device, case):
+    if case is columns and not operation.torch_has_gradient_in_place:  # not dense, so it is the definition that runs
+        assert error_of(case, operation.function_, device) == error_of(case, operation.definition_, device)
+        return
     ours, our_versions = case(operation.function_, device)
-    theirs, their_versions = case(operation.definition_, device)
+    theirs, their_versions = case(operation.differentiable_, device)
     assert our_versions == their_versions
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
@@ -663,6 +668,8 @@ RAISES = [
 
 @pytest.mark.parametrize("case", RAISES, ids=lambda case: case.__name__)
 def test_in_place_raises_what_torch_raises(operation, device, case):
+    if operation.name == "threshold" and case in (expanded, overlapping):
+        pytest.skip("torch.threshold_ writes to overlapping memory; test_layouts.py looks at what comes of it")
     assert error_of(case, operation.function_, device) == error_of(case, operation.definition_, device)
 
 

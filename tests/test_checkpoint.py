@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from composing import Watch, assert_all_same, error_of, leaf, numbers, output_and_gradient, over_forms
-from operations import assert_same, kept_by
+from operations import REPRESENTATIVE, assert_same, kept_by
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import BaseTorchFunctionMode
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from torch.utils.flop_counter import FlopCounterMode
+
+ROWS = REPRESENTATIVE
 
 # Saved-tensor hooks
 

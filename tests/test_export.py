@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 from composing import FORMS, assert_all_same, leaf, numbers, output_and_gradient
-from operations import assert_same
+from operations import REPRESENTATIVE, assert_same
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
+
+ROWS = REPRESENTATIVE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
@@ -32,7 +34,7 @@ def network(relu):
 def test_export(operation, strict, inplace):
     def export(module):
         return torch.export.export(
-            network(module(inplace)), (torch.ones(4, 7),), strict=strict, dynamic_shapes=({0: Dim("batch")},)
+            network(module(inplace=inplace)), (torch.ones(4, 7),), strict=strict, dynamic_shapes=({0: Dim("batch")},)
         )
 
     ours, theirs = export(operation.module), export(operation.torch_module)
@@ -45,7 +47,7 @@ def test_export(operation, strict, inplace):
     loaded = torch.export.load(file).module()
     for batch in (1, 4, 33):
         input = torch.randn(batch, 7)
-        expected = network(operation.torch_module(inplace))(input)
+        expected = network(operation.torch_module(inplace=inplace))(input)
         assert_same(loaded(input), expected)
         assert_same(ours.module()(input), expected)
 
@@ -118,16 +120,21 @@ def symbolic_calls(function):
 
 def test_symbolic_trace(operation):
     """Each call becomes a call of the definition."""
-    assert symbolic_calls(operation.module()) == [(operation.definition, (), {"inplace": False})]
-    assert symbolic_calls(operation.module(inplace=True)) == [(operation.definition, (), {"inplace": True})]
-    assert symbolic_calls(operation.function_) == [(operation.definition_, (), {})]
+    for inplace in (False, True):
+        ours, theirs = (module(inplace=inplace) for module in (operation.module, operation.torch_module))
+        ((function, _, keywords),) = calls = symbolic_calls(ours)
+        assert calls == symbolic_calls(theirs)
+        assert (function, keywords["inplace"]) == (operation.definition, inplace)
+    scalars = operation.scalars
+    calls = symbolic_calls(lambda input: operation.function_(input, *scalars))
+    assert calls == symbolic_calls(lambda input: operation.definition_(input)) and len(calls) == 1
 
 
 def test_symbolic_trace_of_the_function_itself(operation):
     """Then ``inplace`` is a symbol too."""
     traced = torch.fx.symbolic_trace(operation.function)
     for inplace in (False, True):
-        assert_same(traced(numbers(9), inplace), operation.definition(numbers(9)))
+        assert_same(traced(numbers(9), *operation.scalars, inplace), operation.definition(numbers(9)))
 
 
 # TorchScript

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from operations import DTYPES, assert_same, mixed_values, packed
+from operations import DTYPES, OPERATIONS, REPRESENTATIVE, assert_same, mixed_values, packed
 from torch._subclasses import FakeTensorMode
 
-relu_forward = torch.ops.relu_ext.relu_forward
-relu_backward = torch.ops.relu_ext.relu_backward
+ROWS = REPRESENTATIVE
 
 # Each makes a tensor of numbers, of which values(count) gives so many.
 LAYOUTS = {
@@ -33,14 +32,32 @@ def opcheck(*arguments):
     torch.library.opcheck(*arguments)
 
 
-def bits_of(input):
-    return relu_forward(input)[1]
+def raw(operation, way):
+    return getattr(torch.ops.relu_ext, f"{operation.name}_{way}")
 
 
-def test_schemas():
-    assert str(relu_forward.default._schema) == "relu_ext::relu_forward(Tensor input) -> (Tensor output, Tensor bits)"
-    schema = "relu_ext::relu_backward(Tensor grad, Tensor bits, SymInt[] stride) -> Tensor"
-    assert str(relu_backward.default._schema) == schema
+def bits_of(operation, input):
+    return operation.forward(input)[1]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_schemas(operation):
+    forward = "forward(Tensor input, float[] scalars=[]) -> (Tensor output, Tensor bits)"
+    backward = "backward(Tensor grad, Tensor bits, SymInt[] stride, float[] scalars=[]) -> Tensor"
+    for way, schema in (("forward", forward), ("backward", backward)):
+        assert str(raw(operation, way).default._schema) == f"relu_ext::{operation.name}_{schema}"
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_wrong_number_of_scalars(operation, device, requires_grad):
+    input, bits = torch.ones(3, device=device, requires_grad=requires_grad), byte(device, 7)
+    right = operation.scalars
+    for wrong in ([1.0] * count for count in range(4) if count != len(right)):
+        with pytest.raises(RuntimeError, match=f"{operation.name} has {len(right)} scalars, got {len(wrong)}"):
+            raw(operation, "forward")(input, wrong)
+        with pytest.raises(RuntimeError, match=f"{operation.name} has {len(right)} scalars, got {len(wrong)}"):
+            raw(operation, "backward")(input, bits, [1], wrong)
 
 
 # The forward
@@ -49,20 +66,20 @@ def test_schemas():
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_layouts
-def test_opcheck_forward(device, dtype, build, requires_grad):
+def test_opcheck_forward(operation, device, dtype, build, requires_grad):
     input = build(finite(device, dtype)).requires_grad_(requires_grad)
-    opcheck(relu_forward, (input,))
+    opcheck(raw(operation, "forward"), (input, operation.scalars))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_layouts
-def test_forward(device, dtype, build):
+def test_forward(operation, device, dtype, build):
     input = build(lambda count: mixed_values(count, dtype, device))
-    output, bits = relu_forward(input)
-    assert_same(output, torch.relu(input))
+    output, bits = operation.forward(input)
+    assert_same(output, operation.definition(input))
     assert output.stride() == torch.relu(input).stride()
     keep = torch.empty_strided(output.shape, output.stride(), dtype=torch.bool, device=device)
-    assert torch.equal(bits, packed(keep.copy_(~(input <= 0))))
+    assert torch.equal(bits, packed(keep.copy_(operation.keep(input))))
 
 
 @pytest.mark.parametrize(
@@ -77,15 +94,15 @@ def test_forward(device, dtype, build):
     ids=lambda tensor: str(tensor.dtype),
 )
 @pytest.mark.parametrize("meta", [False, True], ids=["data", "meta"])
-def test_forward_refuses_other_dtypes(device, wrong, meta):
+def test_forward_refuses_other_dtypes(operation, device, wrong, meta):
     with pytest.raises(TypeError, match="expected float32, float64, float16 or bfloat16, got "):
-        relu_forward(wrong.to("meta" if meta else device))
+        operation.forward(wrong.to("meta" if meta else device))
 
 
 @pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
-def test_forward_refuses_other_layouts(make):
-    with pytest.raises(NotImplementedError, match="relu_ext::relu_forward"):
-        relu_forward(make(torch.randn(3, 3)))
+def test_forward_refuses_other_layouts(operation, make):
+    with pytest.raises(NotImplementedError, match=f"relu_ext::{operation.name}_forward"):
+        operation.forward(make(torch.randn(3, 3)))
 
 
 # The backward
@@ -94,10 +111,10 @@ def test_forward_refuses_other_layouts(make):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_layouts
-def test_opcheck_backward(device, dtype, build, requires_grad):
-    output, bits = relu_forward(build(finite(device, dtype)))
+def test_opcheck_backward(operation, device, dtype, build, requires_grad):
+    output, bits = operation.forward(build(finite(device, dtype)))
     grad = torch.randn(output.shape, dtype=dtype, device=device).requires_grad_(requires_grad)
-    opcheck(relu_backward, (grad, bits, output.stride()))
+    opcheck(raw(operation, "backward"), (grad, bits, output.stride(), operation.scalars))
 
 
 GRADS = {
@@ -114,36 +131,39 @@ STRIDES = {"contiguous": (60, 20, 5, 1), "channels_last": (60, 1, 15, 3), "rever
 @pytest.mark.parametrize("stride", STRIDES.values(), ids=STRIDES)
 @pytest.mark.parametrize("make", GRADS.values(), ids=[f"grad {name}" for name in GRADS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward_copies_a_grad_of_another_layout(device, dtype, make, stride):
+def test_backward_copies_a_grad_of_another_layout(operation, device, dtype, make, stride):
     input = torch.empty_strided((2, 3, 4, 5), stride, dtype=dtype, device=device)
     input.copy_(mixed_values(120, dtype).view(2, 3, 4, 5))
     grad = make(mixed_values(120, dtype, device, 1).view(2, 3, 4, 5))
     before = grad.clone()
-    result = relu_backward(grad, bits_of(input), stride)
+    result = operation.backward(grad, bits_of(operation, input), stride)
     assert result.stride() == stride
-    assert_same(result, torch.where(input <= 0, torch.zeros((), dtype=dtype, device=device), grad))
+    assert_same(result, operation.masked(grad, operation.keep(input)))
     assert_same(grad, before)
 
 
 @pytest.mark.parametrize("offset", range(1, 9))
-def test_backward_takes_bits_at_any_address(device, offset):
+def test_backward_takes_bits_at_any_address(operation, device, offset):
     input = mixed_values(131, torch.float32, device)
-    bits = torch.cat([torch.full((offset,), 255, dtype=torch.uint8, device=device), bits_of(input)])[offset:]
+    bits = torch.cat([torch.full((offset,), 255, dtype=torch.uint8, device=device), bits_of(operation, input)])[offset:]
     grad = mixed_values(131, torch.float32, device, 1)
-    assert_same(relu_backward(grad, bits, [1]), torch.where(input <= 0, 0, grad))
+    assert_same(operation.backward(grad, bits, [1]), operation.masked(grad, operation.keep(input)))
 
 
-def test_backward_ignores_spare_bits(device):
+def test_backward_ignores_spare_bits(operation, device):
     grad = torch.randn(5, device=device)
     bits = torch.tensor([0b11100101], dtype=torch.uint8, device=device)
-    assert_same(relu_backward(grad, bits, [1]), grad * torch.tensor([1.0, 0, 1, 0, 0], device=device))
+    assert_same(
+        operation.backward(grad, bits, [1]),
+        operation.masked(grad, torch.tensor([True, False, True, False, False], device=device)),
+    )
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2), ()], ids=str)
-def test_no_elements_and_no_dimensions(device, shape):
-    output, bits = relu_forward(torch.ones(shape, device=device))
+def test_no_elements_and_no_dimensions(operation, device, shape):
+    output, bits = operation.forward(torch.full(shape, 0.5, device=device))
     assert bits.shape == (output.dim() == 0,)
-    assert_same(relu_backward(output, bits, output.stride()), output)
+    assert_same(operation.backward(output, bits, output.stride()), output)
 
 
 def byte(device, *values):
@@ -166,18 +186,18 @@ WRONG_BITS = {
 
 @pytest.mark.parametrize("make", WRONG_BITS.values(), ids=WRONG_BITS)
 @pytest.mark.parametrize("meta", [False, True], ids=["data", "meta"])
-def test_backward_refuses_wrong_bits(device, make, meta):
+def test_backward_refuses_wrong_bits(operation, device, make, meta):
     device = "meta" if meta else device
     with pytest.raises(RuntimeError, match="relu_ext: bits must be "):
-        relu_backward(torch.ones(3, 3, device=device), make(device), [3, 1])
+        operation.backward(torch.ones(3, 3, device=device), make(device), [3, 1])
 
 
-def test_backward_refuses_bits_of_another_device(device):
+def test_backward_refuses_bits_of_another_device(operation, device):
     """The dispatcher takes the Meta kernel for any mixture with a meta tensor: its result would be memory as it was."""
     here, meta = (torch.ones(1, dtype=torch.uint8, device=where) for where in (device, "meta"))
     for grad, bits in ((here, meta), (meta, here)):
         with pytest.raises(RuntimeError, match="relu_ext: bits must be "):
-            relu_backward(grad.float(), bits, [1])
+            operation.backward(grad.float(), bits, [1])
 
 
 WRONG_STRIDES = {
@@ -194,48 +214,48 @@ WRONG_STRIDES = {
 
 
 @pytest.mark.parametrize("stride", WRONG_STRIDES.values(), ids=WRONG_STRIDES)
-def test_backward_refuses_wrong_strides(device, stride):
+def test_backward_refuses_wrong_strides(operation, device, stride):
     with pytest.raises(RuntimeError, match=r"relu_ext: .*strides"):
-        relu_backward(torch.ones(3, 3, device=device), byte(device, 255, 1), stride)
+        operation.backward(torch.ones(3, 3, device=device), byte(device, 255, 1), stride)
 
 
 @pytest.mark.parametrize("stride", [[1], [9, 3, 1], []], ids=str)
-def test_backward_without_data_refuses_another_number_of_strides(stride):
+def test_backward_without_data_refuses_another_number_of_strides(operation, stride):
     """Their values may be symbols there, which a check would tie to one shape."""
     with pytest.raises(RuntimeError, match=r"relu_ext: .*strides"):
-        relu_backward(torch.ones(3, 3, device="meta"), byte("meta", 255, 1), stride)
+        operation.backward(torch.ones(3, 3, device="meta"), byte("meta", 255, 1), stride)
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["data", "meta"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
-def test_backward_refuses_other_dtypes(device, dtype, meta):
+def test_backward_refuses_other_dtypes(operation, device, dtype, meta):
     device = "meta" if meta else device
     with pytest.raises(TypeError, match="expected float32, float64, float16 or bfloat16, got "):
-        relu_backward(torch.ones(3, dtype=dtype, device=device), byte(device, 1), [1])
+        operation.backward(torch.ones(3, dtype=dtype, device=device), byte(device, 1), [1])
 
 
 # Derivatives
 
 
-def test_operators_differentiate(device):
+def test_operators_differentiate(operation, device):
     input = mixed_values(35, torch.float64, device).nan_to_num(posinf=1).view(5, 7).t().requires_grad_()
-    output, bits = relu_forward(input)
+    output, bits = operation.forward(input)
     assert output.requires_grad and not bits.requires_grad
     grad = torch.randn(7, 5, dtype=torch.float64, device=device, requires_grad=True)
     (first,) = torch.autograd.grad(output, input, grad, create_graph=True)
-    keep = (input > 0).double()
-    assert_same(first.detach(), (grad * keep).detach())
+    keep = operation.keep(input).detach()
+    assert_same(first.detach(), operation.masked(grad, keep).detach())
     second = torch.randn(7, 5, dtype=torch.float64, device=device)
-    assert_same(torch.autograd.grad(first, grad, second)[0], second * keep)
+    assert_same(torch.autograd.grad(first, grad, second)[0], operation.masked(second, keep))
 
 
 @pytest.mark.parametrize("stride", [(7, 1), (1, 5)], ids=["contiguous", "transposed"])
-def test_gradcheck_backward(device, stride):
+def test_gradcheck_backward(operation, device, stride):
     input = torch.empty_strided((5, 7), stride, device=device).normal_()
     grad = torch.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
-    bits = bits_of(input)
-    assert torch.autograd.gradcheck(lambda grad: relu_backward(grad, bits, stride), grad)
-    assert torch.autograd.gradgradcheck(lambda grad: relu_backward(grad, bits, stride), grad)
+    bits = bits_of(operation, input)
+    assert torch.autograd.gradcheck(lambda grad: operation.backward(grad, bits, stride), grad)
+    assert torch.autograd.gradgradcheck(lambda grad: operation.backward(grad, bits, stride), grad)
 
 
 # Without data
@@ -244,11 +264,11 @@ def test_gradcheck_backward(device, stride):
 @pytest.mark.parametrize("without_data", ["meta", "fake"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_layouts
-def test_shapes_and_strides_without_data(device, dtype, build, without_data):
+def test_shapes_and_strides_without_data(operation, device, dtype, build, without_data):
     input = build(lambda count: mixed_values(count, dtype, device))
-    output, bits = relu_forward(input)
+    output, bits = operation.forward(input)
     grad = torch.randn(input.shape, dtype=dtype, device=device)
-    result = relu_backward(grad, bits, output.stride())
+    result = operation.backward(grad, bits, output.stride())
     mode = FakeTensorMode()
 
     def hollow(tensor):
@@ -256,8 +276,8 @@ def test_shapes_and_strides_without_data(device, dtype, build, without_data):
             return mode.from_tensor(tensor)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    hollow_output, hollow_bits = relu_forward(hollow(input))
-    hollow_result = relu_backward(hollow(grad), hollow_bits, hollow_output.stride())
+    hollow_output, hollow_bits = operation.forward(hollow(input))
+    hollow_result = operation.backward(hollow(grad), hollow_bits, hollow_output.stride())
     for ours, theirs in ((hollow_output, output), (hollow_bits, bits), (hollow_result, result)):
         assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
         assert ours.device.type == ("meta" if without_data == "meta" else device)

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from composing import FORMS, assert_all_same, leaf, numbers, output_and_gradient
-from operations import assert_same
+from operations import REPRESENTATIVE, assert_same
 from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
+
+ROWS = REPRESENTATIVE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),  # torch's own use of it

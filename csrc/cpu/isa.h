@@ -27,11 +27,12 @@ void set_isa(const char* name);
 
 #if defined(__x86_64__)
 template <class Loop>
-[[gnu::target("avx2,fma,bmi2"), gnu::noinline]] void compiled_for_avx2(Loop loop) {
+[[gnu::target("avx2,fma,bmi2,f16c"), gnu::noinline]] void compiled_for_avx2(Loop loop) {
   loop();
 }
 template <class Loop>
-[[gnu::target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2"), gnu::noinline]] void compiled_for_avx512(Loop loop) {
+[[gnu::target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2,f16c"), gnu::noinline]] void compiled_for_avx512(
+    Loop loop) {
   loop();
 }
 #endif

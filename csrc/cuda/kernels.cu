@@ -26,14 +26,14 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, c
   return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream);
 }
 
-// body(T{}, act, Tile{}, aligned), all of them types. from, to: what the kernel reads and writes as T.
-template <class Body>
-cudaError_t with_types(Dtype dtype, Activation activation, int64_t numel, const void* from, const void* to, Body body) {
+// body(T{}, act, Tile{}, aligned), all of them types but for what act holds. from: what is read beside work.output.
+template <class Work, class Body>
+cudaError_t with_types(const Work& work, int64_t numel, const void* from, Body body) {
   if (numel == 0) return cudaSuccess;
-  const bool is_aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
-  return with_dtype(dtype, [&](auto element) {
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(work.output)) % 16 == 0;
+  return with_dtype(work.dtype, [&](auto element) {
     using T = decltype(element);
-    return with_activation(activation, [&](auto act) {
+    return with_activation<T, Device::cuda>(work.activation, work.scalars, [&](auto act) {
       if (!is_aligned) return body(element, act, Small{}, std::false_type{});
       if (numel < blocks_at_once * elements_of<T, Large>) return body(element, act, Small{}, std::true_type{});
       return body(element, act, Large{}, std::true_type{});
@@ -49,27 +49,25 @@ int64_t blocks(int64_t numel) {
 }  // namespace
 
 cudaError_t forward(const Forward& work, int64_t numel, cudaStream_t stream) {
-  return with_types(work.dtype, work.activation, numel, work.input, work.output,
-                    [&](auto element, auto act, auto tile, auto aligned) {
-                      using T = decltype(element);
-                      using Tile = decltype(tile);
-                      constexpr bool whole = decltype(aligned)::value;
-                      const auto kernel = work.bits ? forward_kernel<T, Tile, whole, true, decltype(act)>
-                                                    : forward_kernel<T, Tile, whole, false, decltype(act)>;
-                      return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act,
-                                    static_cast<const T*>(work.input), static_cast<T*>(work.output), work.bits, numel);
-                    });
+  return with_types(work, numel, work.input, [&](auto element, auto act, auto tile, auto aligned) {
+    using T = decltype(element);
+    using Tile = decltype(tile);
+    constexpr bool whole = decltype(aligned)::value;
+    const auto kernel = work.bits ? forward_kernel<T, Tile, whole, true, decltype(act)>
+                                  : forward_kernel<T, Tile, whole, false, decltype(act)>;
+    return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act, static_cast<const T*>(work.input),
+                  static_cast<T*>(work.output), work.bits, numel);
+  });
 }
 
 cudaError_t backward(const Backward& work, int64_t numel, cudaStream_t stream) {
-  return with_types(work.dtype, work.activation, numel, work.grad, work.output,
-                    [&](auto element, auto act, auto tile, auto aligned) {
-                      using T = decltype(element);
-                      using Tile = decltype(tile);
-                      const auto kernel = backward_kernel<T, Tile, decltype(aligned)::value, decltype(act)>;
-                      return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act,
-                                    static_cast<const T*>(work.grad), work.bits, static_cast<T*>(work.output), numel);
-                    });
+  return with_types(work, numel, work.grad, [&](auto element, auto act, auto tile, auto aligned) {
+    using T = decltype(element);
+    using Tile = decltype(tile);
+    const auto kernel = backward_kernel<T, Tile, decltype(aligned)::value, decltype(act)>;
+    return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act, static_cast<const T*>(work.grad),
+                  work.bits, static_cast<T*>(work.output), numel);
+  });
 }
 
 }  // namespace relu_ext::cuda

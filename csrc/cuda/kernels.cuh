@@ -5,7 +5,6 @@
 // warp's part, so that accesses coalesce and the bits of a warp lie together. All vectors are loaded before the first
 // result is stored; in one loop each load would wait behind the store before it, which might be to the same memory.
 #pragma once
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -43,13 +42,6 @@ constexpr int64_t elements_of = int64_t(Tile::threads) * Tile::vectors * Vector<
 // Vectors with one byte of bits between them: those of neighbouring lanes.
 template <class T>
 constexpr int sharers = Vector<T>::lanes < 8 ? 8 / Vector<T>::lanes : 1;
-
-// What predicates are asked about. A 16-bit float is compared as the float of equal value: one instruction to convert
-// and one to compare, where numeric.h's integers take six.
-__device__ __forceinline__ float compared(float value) { return value; }
-__device__ __forceinline__ double compared(double value) { return value; }
-__device__ __forceinline__ float compared(half value) { return __half2float(__ushort_as_half(value.bits)); }
-__device__ __forceinline__ float compared(bfloat16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
 
 // A thread's part of a block's tile. `full`: no element of the block is past the end.
 template <class T, class Tile, bool full>
@@ -140,7 +132,7 @@ __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* 
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j) {
       T& value = values[k].lane[j];
-      const bool keep = act.keep(compared(value));
+      const bool keep = act.keep(value);
       value = act.forward(value, keep);
       kept[k] |= uint32_t(keep && j < part.count(k)) << j;
     }

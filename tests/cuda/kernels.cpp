@@ -7,14 +7,16 @@ using namespace relu_ext;
 
 extern "C" {
 
-int kernels_forward(int activation, int dtype, const void* input, void* output, uint8_t* bits, int64_t numel,
-                    cudaStream_t stream) {
-  return cuda::forward({Activation(activation), Dtype(dtype), input, output, bits}, numel, stream);
+int kernels_forward(int activation, const double* scalars, int dtype, const void* input, void* output, uint8_t* bits,
+                    int64_t numel, cudaStream_t stream) {
+  const Forward work{Activation(activation), {scalars[0], scalars[1]}, Dtype(dtype), input, output, bits};
+  return cuda::forward(work, numel, stream);
 }
 
-int kernels_backward(int activation, int dtype, const void* grad, const uint8_t* bits, void* output, int64_t numel,
-                     cudaStream_t stream) {
-  return cuda::backward({Activation(activation), Dtype(dtype), grad, bits, output}, numel, stream);
+int kernels_backward(int activation, const double* scalars, int dtype, const void* grad, const uint8_t* bits,
+                     void* output, int64_t numel, cudaStream_t stream) {
+  const Backward work{Activation(activation), {scalars[0], scalars[1]}, Dtype(dtype), grad, bits, output};
+  return cuda::backward(work, numel, stream);
 }
 
 int64_t emulator_launches() { return emulator::launches; }

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from ctypes import c_int, c_int64, c_uint, c_uint64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,13 +49,18 @@ def build_library(variant: str) -> Path:
 
 @dataclass(frozen=True)
 class Dtype:
-    """An element type as NumPy sees it: bits are its elements as integers, values the numbers that they stand for."""
+    """An element type as NumPy sees it: bits are its elements as integers, values the numbers that they stand for.
+
+    bfloat16 is no type of NumPy's: its values are float32. Values are computed with in the type `arithmetic`.
+    """
 
     name: str
     code: int
     word: type
     infinity: int
     values: Callable
+    elements: Callable  # from values that `arithmetic` has; to the nearest, ties to even
+    arithmetic: type = np.float32
 
     @property
     def bytes(self) -> int:
@@ -65,8 +70,19 @@ class Dtype:
     def sign(self) -> int:
         return 1 << (8 * self.bytes - 1)
 
+    def rounded(self, number: float) -> np.ndarray:
+        """An argument as one element: first to `arithmetic`, as ATen hands it on."""
+        with np.errstate(over="ignore"):
+            return self.elements(np.array([number]).astype(self.arithmetic))
+
     def __str__(self):
         return self.name
+
+
+def bfloat16_elements(values: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32)
+    nearest = ((bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
 
 
 def names_of(enum: str) -> list[str]:
@@ -77,15 +93,38 @@ def names_of(enum: str) -> list[str]:
 
 CODES = {name: code for code, name in enumerate(names_of("Dtype"))}
 DTYPES = [
-    Dtype("float32", CODES["float32"], np.uint32, 0xFF << 23, lambda bits: bits.view(np.float32)),
-    Dtype("float64", CODES["float64"], np.uint64, 0x7FF << 52, lambda bits: bits.view(np.float64)),
-    Dtype("float16", CODES["float16"], np.uint16, 0x1F << 10, lambda bits: bits.view(np.float16)),
+    Dtype(
+        "float32",
+        CODES["float32"],
+        np.uint32,
+        0xFF << 23,
+        values=lambda bits: bits.view(np.float32),
+        elements=lambda values: values.view(np.uint32),
+    ),
+    Dtype(
+        "float64",
+        CODES["float64"],
+        np.uint64,
+        0x7FF << 52,
+        values=lambda bits: bits.view(np.float64),
+        elements=lambda values: values.view(np.uint64),
+        arithmetic=np.float64,
+    ),
+    Dtype(
+        "float16",
+        CODES["float16"],
+        np.uint16,
+        0x1F << 10,
+        values=lambda bits: bits.view(np.float16),
+        elements=lambda values: values.astype(np.float16).view(np.uint16),
+    ),
     Dtype(
         "bfloat16",
         CODES["bfloat16"],
         np.uint16,
         0xFF << 7,
-        lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
+        values=lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
+        elements=bfloat16_elements,
     ),
 ]
 
@@ -95,24 +134,66 @@ class Activation:
     """The maths of an activation again, in NumPy. Elements come and go as integers, so that every bit counts."""
 
     name: str
-    keep: Callable  # values -> bool
-    forward: Callable  # (elements, keep) -> elements
-    backward: Callable  # (elements, keep) -> elements
+    keep: Callable  # (dtype, values of `arithmetic`) -> bool
+    forward: Callable  # (dtype, elements, keep) -> elements
+    backward: Callable  # (dtype, elements, keep) -> elements
+    scalars: tuple[float, float] = (0.0, 0.0)
+    computes: bool = False  # then one NaN is as good as another
 
     @cached_property
     def code(self) -> int:
         return names_of("Activation").index(self.name)
 
     def __str__(self):
-        return self.name
+        return f"{self.name}{self.scalars if any(self.scalars) else ''}"
 
 
-def where_kept(elements, keep):
-    return np.where(keep, elements, elements.dtype.type(0))
+def zero_elsewhere(dtype, elements, keep):
+    return np.where(keep, elements, dtype.word(0))
 
 
+def hardtanh(low, high):
+    """The bounds are compared with as `arithmetic`, and written as elements."""
+
+    def keep(dtype, values):
+        return ~((values <= dtype.arithmetic(low)) | (values >= dtype.arithmetic(high)))
+
+    def forward(dtype, elements, keep):
+        is_low = dtype.values(elements).astype(dtype.arithmetic) <= dtype.arithmetic(low)
+        return np.where(keep, elements, np.where(is_low, dtype.rounded(low), dtype.rounded(high)))
+
+    return Activation("hardtanh", keep, forward, zero_elsewhere, (low, high))
+
+
+def threshold(threshold, value):
+    """ATen on CUDA compares with the threshold as an element."""
+
+    def keep(dtype, values):
+        return ~(values <= dtype.values(dtype.rounded(threshold)).astype(dtype.arithmetic))
+
+    def forward(dtype, elements, keep):
+        return np.where(keep, elements, dtype.rounded(value))
+
+    return Activation("threshold", keep, forward, zero_elsewhere, (threshold, value))
+
+
+def leaky_relu(slope):
+    def scaled_elsewhere(dtype, elements, keep):
+        with np.errstate(all="ignore"):
+            scaled = dtype.values(elements).astype(dtype.arithmetic) * dtype.arithmetic(slope)
+            return np.where(keep, elements, dtype.elements(scaled))
+
+    return Activation(
+        "leaky_relu", lambda dtype, values: values > 0, scaled_elsewhere, scaled_elsewhere, (slope, 0.0), True
+    )
+
+
+# Numbers that no 16-bit type has: 0.1 is above the nearest bfloat16... and below the nearest float16.
 ACTIVATIONS = [
-    Activation("relu", keep=lambda values: ~(values <= 0), forward=where_kept, backward=where_kept),
+    Activation("relu", lambda dtype, values: ~(values <= 0), zero_elsewhere, zero_elsewhere),
+    hardtanh(-0.3, 0.7),
+    threshold(0.1, -0.7),
+    leaky_relu(-0.3),
 ]
 
 
@@ -133,16 +214,19 @@ class Kernels:
         self.library = ctypes.CDLL(str(library))
         pointers = {"forward": [c_void_p] * 3, "backward": [c_void_p] * 3}
         for name, types in pointers.items():
-            getattr(self.library, f"kernels_{name}").argtypes = [c_int, c_int, *types, c_int64, c_void_p]
+            function = getattr(self.library, f"kernels_{name}")
+            function.argtypes = [c_int, ctypes.POINTER(c_double), c_int, *types, c_int64, c_void_p]
         self.library.emulator_launches.restype = c_int64
         self.library.emulator_last_launch.restype = ctypes.POINTER(Launch)
         self.library.emulator_run_only.argtypes = [ctypes.POINTER(c_uint64), c_uint64]
 
     def forward(self, activation, dtype, input, output, bits, numel, stream=None) -> int:
-        return self.library.kernels_forward(activation.code, dtype.code, input, output, bits, numel, stream)
+        scalars = (c_double * 2)(*activation.scalars)
+        return self.library.kernels_forward(activation.code, scalars, dtype.code, input, output, bits, numel, stream)
 
     def backward(self, activation, dtype, grad, bits, output, numel, stream=None) -> int:
-        return self.library.kernels_backward(activation.code, dtype.code, grad, bits, output, numel, stream)
+        scalars = (c_double * 2)(*activation.scalars)
+        return self.library.kernels_backward(activation.code, scalars, dtype.code, grad, bits, output, numel, stream)
 
     @property
     def launches(self) -> int:

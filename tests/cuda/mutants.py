@@ -77,9 +77,28 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("NaN is dropped", MATHS, "return !(input <= T{});", "return input > T{};"),
-    Mutant("zero is kept", MATHS, "return !(input <= T{});", "return !(input < T{});"),
-    Mutant("backward is the wrong way round", MATHS, "select(keep, grad, T{})", "select(!keep, grad, T{})"),
+    Mutant("NaN is dropped", MATHS, "return !(as<X>(input) <= X{});", "return is_positive(as<X>(input));"),
+    Mutant("zero is kept", MATHS, "return !(as<X>(input) <= X{});", "return !(as<X>(input) < X{});"),
+    Mutant(
+        "backward is the wrong way round",
+        MATHS,
+        "return select(keep, grad, scaled);",
+        "return select(!keep, grad, scaled);",
+    ),
+    Mutant("the lower bound passes", MATHS, "return !((x <= below) |", "return !((x < below) |"),
+    Mutant(
+        "the threshold is not rounded",
+        MATHS,
+        ": as<X>(narrow<T>(Arithmetic<T>(scalars[0])))),",
+        ": X(Arithmetic<T>(scalars[0]))),",
+    ),
+    Mutant("the slope reaches what is kept", MATHS, "return select(keep, grad, scaled);", "return scaled;"),
+    Mutant(
+        "rounded towards zero",
+        "numeric.h",
+        "uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)",
+        "uint16_t(bits >> 16)",
+    ),
     Mutant("one element too many is written", KERNELS, "if (j < count) to[j]", "if (j <= count) to[j]"),
     Mutant("the last element is not read", KERNELS, "if (j < count) vector", "if (j + 1 < count) vector"),
     Mutant(
