@@ -1,15 +1,20 @@
 // The maths, once: a struct per activation, for every backend and instruction set. No torch.
 //
+// Those that keep bits:
 //   keep(input)            what backward needs to know of the input: one bit
 //   forward(input, keep)   the output, given that bit
 //   backward(grad, keep)   the input's gradient; linear in grad, so it is its own derivative
-//   computes               whether forward or backward do more than select
+// The others:
+//   forward(input)                 the output
+//   backward<kept>(grad, value)    the input's gradient from the input or the output
+// computes: whether they do more than select; those that do have a form for floats, InFloat.
 //
 // T is the type of the elements: float, double, half or bfloat16. Everything is branch-free, so that the compiler can
 // turn the loop around it into vectors. Predicates are ATen's, NaN included.
 #pragma once
 #include <type_traits>
 
+#include "exponential.h"
 #include "kernels.h"
 #include "numeric.h"
 
@@ -35,6 +40,7 @@ RELU_EXT_INLINE X as(T value) {
 template <class T, Device device>
 struct Relu {
   using X = Compared<T, device>;
+  static constexpr bool keeps_bits = true;
   static constexpr bool computes = false;
   explicit Relu(const Scalars&) {}
 
@@ -47,6 +53,7 @@ struct Relu {
 template <class T, Device device>
 struct Hardtanh {
   using X = Compared<T, device>;
+  static constexpr bool keeps_bits = true;
   static constexpr bool computes = false;
   X below, above;  // the gradient stops at these, ...
   T low, high;     // ... the output at these: the same bounds, rounded as ATen's clamp rounds them
@@ -72,6 +79,7 @@ struct Hardtanh {
 template <class T, Device device>
 struct Threshold {
   using X = Compared<T, device>;
+  static constexpr bool keeps_bits = true;
   static constexpr bool computes = false;
   X threshold;
   T value;
@@ -91,7 +99,9 @@ struct Threshold {
 template <class T, Device device>
 struct LeakyRelu {
   using X = Compared<T, device>;
+  static constexpr bool keeps_bits = true;
   static constexpr bool computes = true;
+  using InFloat = LeakyRelu<float, device>;
   Arithmetic<T> slope;
 
   explicit LeakyRelu(const Scalars& scalars) : slope(Arithmetic<T>(scalars[0])) {}
@@ -103,5 +113,64 @@ struct LeakyRelu {
     return select(keep, grad, scaled);
   }
 };
+
+// input > 0 ? scale * input : scale * alpha * (exp(input_scale * input) - 1); scalars: alpha, scale, input_scale >= 0.
+template <class T>
+struct Elu {
+  using X = Arithmetic<T>;
+  static constexpr bool keeps_bits = false;
+  static constexpr bool computes = true;
+  using InFloat = Elu<float>;
+  X positive, negative, input_scale;
+
+  explicit Elu(const Scalars& scalars)
+      : positive(X(scalars[1])), negative(X(scalars[0]) * X(scalars[1])), input_scale(X(scalars[2])) {}
+
+  RELU_EXT_INLINE T forward(T input) const {
+    const X x = widen(input);
+    return narrow<T>(select(x < 0, expm1_nonpositive(x * input_scale) * negative, x * positive));
+  }
+  // ATen's: from the output the slope is that of a value already rounded, so it is worse in the far tail.
+  template <Kept kept>
+  RELU_EXT_INLINE T backward(T grad, T value) const {
+    const X g = widen(grad), x = widen(value);
+    const X below = kept == Kept::input ? exp_nonpositive(x * input_scale) * negative : x + negative;
+    return narrow<T>(select(x <= 0, g * input_scale * below, g * positive));
+  }
+};
+
+// max(input, 0) squared. The square root of the output, rounded to T, is max(input, 0) again wherever the square is
+// neither subnormal nor infinite; the gradient is that of (r = max(input, 0)) * r in ATen, twice grad * r.
+template <class T>
+struct ReluSquared {
+  using X = Arithmetic<T>;
+  static constexpr bool keeps_bits = false;
+  static constexpr bool computes = true;
+  using InFloat = ReluSquared<float>;
+
+  explicit ReluSquared(const Scalars&) {}
+
+  RELU_EXT_INLINE T forward(T input) const {
+    const X root = rectified(widen(input));
+    return narrow<T>(root * root);
+  }
+  template <Kept kept>
+  RELU_EXT_INLINE T backward(T grad, T value) const {
+    const X root = kept == Kept::input ? rectified(widen(value)) : widen(narrow<T>(square_root(widen(value))));
+    const X twice = widen(grad) * root * 2;
+    return narrow<T>(select(root <= 0, X{}, twice));
+  }
+
+ private:
+  static RELU_EXT_INLINE X rectified(X x) { return select(x <= 0, X{}, x); }
+};
+
+template <class Activation, class T>
+RELU_EXT_INLINE T output_of(const Activation& act, T input) {
+  if constexpr (Activation::keeps_bits)
+    return act.forward(input, act.keep(input));
+  else
+    return act.forward(input);
+}
 
 }  // namespace relu_ext

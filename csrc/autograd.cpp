@@ -4,79 +4,52 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <initializer_list>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "gate.h"
 #include "launch.h"
+#include "node.h"
 
 namespace relu_ext {
 namespace {
 
 using at::Tensor;
-using torch::autograd::Node;
 using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
 
 using Outputs = std::tuple<Tensor, Tensor>;  // output, bits
 
-// torch 2.11 holds nodes in a std::shared_ptr and frees them with deleteNode, 2.13 in a c10::intrusive_ptr.
-using NodePtr = decltype(torch::autograd::Edge::function);
-
-template <class T, class... Args>
-std::pair<NodePtr, T*> make_node(Args&&... args) {
-  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
-    T* const raw = new T(std::forward<Args>(args)...);
-    return {NodePtr(raw, [](auto* node) { deleteNode(node); }), raw};
-  } else {
-    auto node = c10::make_intrusive<T>(std::forward<Args>(args)...);
-    T* const raw = node.get();
-    return {NodePtr(std::move(node)), raw};
-  }
-}
-
-// call(), shown by the profiler under this name. As the dispatcher does it: without a profiler nothing is constructed.
-template <class Call>
-auto recorded(const char* name, std::initializer_list<const Tensor*> inputs, bool history, Call call) {
-  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
-  if (!callbacks) return call();
-  at::RecordFunction guard(std::move(*callbacks));
-  const int64_t sequence = history ? int64_t(at::sequence_number::peek()) : -1;  // leads the profiler to the backward
-  if (guard.needsInputs()) {
-    std::vector<c10::IValue> values;
-    for (const Tensor* input : inputs) values.emplace_back(*input);
-    guard.before(name, &values, sequence);
-  } else {
-    guard.before(name, sequence);
-  }
-  return call();
-}
-
-// The registered operators, through the dispatcher.
+// What the dispatcher has under a row's name, and what the profiler shows for it.
 struct Registered {
   using Forward = Outputs(const Tensor&, at::ArrayRef<double>);
   using Backward = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, at::ArrayRef<double>);
 
-  c10::TypedOperatorHandle<Forward> forward;
-  c10::TypedOperatorHandle<Backward> backward;
+  std::string recorded, recorded_in_place, recorded_backward;
+  std::optional<c10::TypedOperatorHandle<Forward>> forward;  // of rows that keep bits
+  std::optional<c10::TypedOperatorHandle<Backward>> backward;
 
   explicit Registered(const Operation& operation)
-      : forward(find(operation, "_forward").typed<Forward>()),
-        backward(find(operation, "_backward").typed<Backward>()) {}
+      : recorded(std::string("relu_ext::") + operation.name),
+        recorded_in_place(recorded + "_"),
+        recorded_backward(recorded + "_backward") {
+    if (operation.kept != Kept::bits) return;
+    forward = find(recorded + "_forward").typed<Forward>();
+    backward = find(recorded_backward).typed<Backward>();
+  }
 
-  static c10::OperatorHandle find(const Operation& operation, const char* suffix) {
-    const auto name = std::string("relu_ext::") + operation.name + suffix;
+  static c10::OperatorHandle find(const std::string& name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
   }
 };
@@ -85,15 +58,35 @@ const Registered& registered(const Bound& bound) {
   static const std::vector<Registered> rows(operations.begin(), operations.end());
   return rows[bound.operation - operations.data()];
 }
+
+// call(), shown by the profiler under this name. As the dispatcher does it: without a profiler nothing is constructed.
+template <class Call>
+auto recorded(const Bound& bound, std::string Registered::* name, std::initializer_list<const Tensor*> inputs,
+              bool history, Call call) {
+  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+  if (!callbacks) return call();
+  at::RecordFunction guard(std::move(*callbacks));
+  const char* const shown = (registered(bound).*name).c_str();
+  const int64_t sequence = history ? int64_t(at::sequence_number::peek()) : -1;  // leads the profiler to the backward
+  if (guard.needsInputs()) {
+    std::vector<c10::IValue> values;
+    for (const Tensor* input : inputs) values.emplace_back(*input);
+    guard.before(shown, &values, sequence);
+  } else {
+    guard.before(shown, sequence);
+  }
+  return call();
+}
+
 at::ArrayRef<double> arguments(const Bound& bound) {
   return {bound.scalars.data(), size_t(bound.operation->arguments)};
 }
 
 Outputs call_forward(const Bound& bound, const Tensor& input) {
-  return registered(bound).forward.call(input, arguments(bound));
+  return registered(bound).forward->call(input, arguments(bound));
 }
 Tensor call_backward(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-  return registered(bound).backward.call(grad, bits, stride, arguments(bound));
+  return registered(bound).backward->call(grad, bits, stride, arguments(bound));
 }
 
 // The same function of grad as ATen calls, for gradients that the kernels do not take: PyTorch then batches,
@@ -106,82 +99,18 @@ Tensor gradient_definition(const Bound& bound, const Tensor& grad, const Tensor&
   return at::where(kept, grad, 0);
 }
 
-Tensor gradient(const Bound&, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride);
-
-// Saves the bits of one activation and the strides that they follow; gives the input's gradient.
-struct BitsBackward final : Node {
-  BitsBackward(const Bound& bound, c10::SymIntArrayRef stride) : bound_(bound), stride_(stride.begin(), stride.end()) {}
-
-  std::string name() const override { return bound_.operation->backward; }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list inputs(1);
-    if (grads[0].defined() && task_should_compute_output(0))
-      inputs[0] = gradient(bound_, grads[0], bits_.unpack(), stride_);
-    return inputs;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    bits_.reset_data();
-  }
-
-  // Compiled autograd: what the graph depends on, and the same gradient as a function of tensors that it can trace.
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(std::string(bound_.operation->name));
-    for (const double scalar : bound_.scalars) args.collect(scalar);
-    args.collect(bits_, /*is_output=*/false);
-    args.collect(c10::SymIntArrayRef(stride_));
-  }
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& saved) override;
-
-  Bound bound_;
-  c10::SymDimVector stride_;
-  SavedVariable bits_;
-};
-
-variable_list BitsBackward::apply_with_saved(const variable_list& grads,
-                                             torch::dynamo::autograd::SwapSavedVariables& saved) {
-  namespace compiled = torch::dynamo::autograd;
-  using Stride = std::vector<c10::SymInt>;
-
-  const auto traced = [bound = bound_](const variable_list& grads, const std::vector<c10::IValue>& packed) {
-    compiled::PackedArgs args(packed);
-    const auto bits = args.unpack<Tensor>();
-    const auto stride = args.unpack<Stride>();
-    const auto needed = args.unpack<bool>();
-    variable_list inputs(1);
-    if (needed && grads[0].defined()) inputs[0] = gradient(bound, grads[0], bits, stride);
-    return inputs;
-  };
-
-  saved.before(bits_);
-  saved.before(stride_);
-  compiled::PackedArgs packed;
-  packed.pack(bits_.unpack());
-  packed.pack(Stride(stride_.begin(), stride_.end()));
-  packed.pack(task_should_compute_output(0));
-  const std::vector<at::TypePtr> schema{at::TensorType::get(), compiled::IValuePacker<Stride>::packed_type(),
-                                        at::BoolType::get()};
-  const auto metadata = compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
-      compiled::get_input_metadata(next_edges()));
-  const auto& compiler = compiled::getPyCompilerInterface();
-  const auto bound = compiler->bind_function(saved.get_py_compiler(), name(), traced, schema,
-                                             /*is_custom_function=*/true, /*is_traceable=*/true);
-  auto inputs = compiler->call_function(saved.get_py_compiler(), "apply_functional", bound, grads,
-                                        std::move(packed).vec(), metadata);
-  saved.after(bits_);
-  saved.after(stride_);
-  return inputs;
+template <class Call>
+auto below_autograd(Call call) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call();
 }
 
-// A node between `input` and what is about to be computed from it.
-std::pair<NodePtr, BitsBackward*> node_after(const Bound& bound, const Tensor& input, c10::SymIntArrayRef stride) {
-  auto made = make_node<BitsBackward>(bound, stride);
-  made.first->add_next_edge(torch::autograd::impl::gradient_edge(input));
-  return made;
+Gradients gradients;
+
+std::pair<NodePtr, KernelBackward*> node_after(const Bound& bound, Kept kept, const Tensor& input,
+                                               c10::SymIntArrayRef stride) {
+  return make_node(gradients, {bound, kept, {stride.begin(), stride.end()}},
+                   {torch::autograd::impl::gradient_edge(input)});
 }
 
 // launch(input) -> output, bits: with the node that remembers the bits.
@@ -189,9 +118,9 @@ template <class Launch>
 Outputs forward_with_history(const Bound& bound, const Tensor& input, Launch launch) {
   Outputs outputs = launch(bound, input);
   auto& [output, bits] = outputs;
-  const auto [node, raw] = node_after(bound, input, output.sym_strides());
+  const auto [node, raw] = node_after(bound, Kept::bits, input, output.sym_strides());
   torch::autograd::set_history(output, node);
-  raw->bits_ = SavedVariable(bits, /*is_output=*/false);
+  raw->save(bits);
   return outputs;
 }
 
@@ -199,9 +128,9 @@ Outputs forward_with_history(const Bound& bound, const Tensor& input, Launch lau
 template <class Stride, class Launch>
 Tensor gradient_with_history(const Bound& bound, const Tensor& grad, const Tensor& bits, Stride stride, Launch launch) {
   Tensor result = launch(bound, grad, bits, stride);
-  const auto [node, raw] = node_after(bound, grad, result.sym_strides());
+  const auto [node, raw] = node_after(bound, Kept::bits, grad, result.sym_strides());
   torch::autograd::set_history(result, node);
-  raw->bits_ = SavedVariable(bits, /*is_output=*/false);
+  raw->save(bits);
   return result;
 }
 
@@ -213,16 +142,76 @@ Tensor gradient(const Bound& bound, const Tensor& grad, const Tensor& bits, c10:
   if (taken == Road::operators) return call_backward(bound, grad, bits, stride);
   const auto concrete = C10_AS_INTARRAYREF_SLOW(stride);
   const bool history = records_history(grad, keys);
-  return recorded(bound.operation->recorded_back, {&grad, &bits}, history, [&] {
+  return recorded(bound, &Registered::recorded_backward, {&grad, &bits}, history, [&] {
     if (!history) return launch::backward(bound, grad, bits, concrete);
     return gradient_with_history(bound, grad, bits, concrete, launch::backward);
   });
 }
 
-template <class Call>
-auto below_autograd(Call call) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return call();
+// What an operation that keeps no bits means, as ATen calls.
+Tensor definition(const Bound& bound, const Tensor& input) {
+  const auto& scalars = bound.scalars;
+  if (bound.operation->activation == Activation::elu) return at::elu(input, scalars[0], scalars[1], scalars[2]);
+  const Tensor root = at::relu(input);
+  return root.mul(root);
+}
+
+// relu_squared's r = max(input, 0), differentiable: where it is made from the output, its node is relu's and leads to
+// the input past the output, whose own derivative 2r would have to be divided by again.
+Tensor root_of(Kept kept, const Tensor& value, bool history) {
+  if (kept == Kept::input) return at::relu(value);
+  if (!history) return at::sqrt(value);
+  const Bound relu{&operations[0], {}};
+  const Tensor root = below_autograd([&] { return value.detach().sqrt(); });
+  const Tensor bits = below_autograd([&] { return std::get<1>(call_forward(relu, root)); });
+  const auto stride = root.sym_strides();
+  const auto [node, raw] =
+      make_node(gradients, {relu, Kept::bits, {stride.begin(), stride.end()}}, {value.grad_fn()->next_edge(0)});
+  torch::autograd::set_history(root, node);
+  raw->save(bits);
+  return root;
+}
+
+// The gradient of the same as ATen calls, differentiable in grad and in the operation's input.
+Tensor gradient_definition_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value, bool history) {
+  const auto& scalars = bound.scalars;
+  if (bound.operation->activation == Activation::elu)
+    return at::elu_backward(grad, scalars[0], scalars[1], scalars[2], kept == Kept::output, value);
+  const Tensor root = root_of(kept, value, history);
+  return at::threshold_backward(grad.mul(root).mul(2), root, 0);
+}
+
+// value: the input or the output, as a tensor with history.
+Tensor gradient_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value) {
+  const auto keys = effective_keys(grad), value_keys = effective_keys(value);
+  const bool history = records_history(value, value_keys);
+  // From the output of a function that falls no gradient follows; ATen has an error for it.
+  const bool is_torchs = bound.operation->activation == Activation::elu && kept == Kept::output && bound.scalars[0] < 0;
+  if (road(grad, keys) != Road::kernel || value_keys - keys::ours != keys - keys::ours || history ||
+      records_history(grad, keys) || is_torchs || grad.scalar_type() != value.scalar_type() ||
+      grad.sizes() != value.sizes() || !value.is_non_overlapping_and_dense())
+    return gradient_definition_from(bound, kept, grad, value, history);
+  return recorded(bound, &Registered::recorded_backward, {&grad, &value}, false,
+                  [&] { return launch::backward_from(kept, bound, grad, value); });
+}
+
+variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
+  const auto& [bound, kept, stride] = keeping;
+  if (!needs[0]) return variable_list(1);
+  if (kept == Kept::bits) return {gradient(bound, grad, saved[0], stride)};
+  return {gradient_from(bound, kept, grad, saved[0])};
+}
+
+// The output; with history, and what it takes kept, where there is any.
+Tensor apply_from(const Bound& bound, const Tensor& input, Road taken, bool history) {
+  Tensor output =
+      taken == Road::kernel ? launch::forward(bound, input) : below_autograd([&] { return definition(bound, input); });
+  if (!history) return output;
+  const Kept kept = kept_by(*bound.operation, *dtype_of(input), /*inplace=*/false);
+  const auto [node, raw] = node_after(bound, kept, input, output.sym_strides());
+  torch::autograd::set_history(output, node);
+  raw->save(kept == Kept::input ? input : output, kept == Kept::output);
+  return output;
 }
 
 void check_no_forward_grad(const Bound& bound, const Tensor& tensor) {
@@ -232,19 +221,43 @@ void check_no_forward_grad(const Bound& bound, const Tensor& tensor) {
                               bound.operation->name, "(), which has one");
 }
 
+// In place, below autograd; the bits where they are kept.
+Tensor overwrite(const Bound& bound, Kept kept, const Tensor& input, Road taken) {
+  if (taken == Road::kernel) {
+    if (kept == Kept::bits) return launch::forward_bits_(bound, input);
+    launch::forward_(bound, input);
+    return {};
+  }
+  return below_autograd([&]() -> Tensor {
+    if (kept == Kept::bits) {
+      auto [output, bits] = call_forward(bound, input);
+      input.copy_(output);
+      return bits;
+    }
+    input.copy_(definition(bound, input));
+    return {};
+  });
+}
+
+bool takes_kernels(const Bound& bound, const Tensor& input, Road taken) {
+  return taken != Road::definition && input.is_non_overlapping_and_dense() &&
+         scalars_fit(bound.scalars, *dtype_of(input));
+}
+
 }  // namespace
 
 std::optional<Tensor> apply(const Bound& bound, const Tensor& input) {
   const auto keys = effective_keys(input);
   const Road taken = road(input, keys);
-  if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return std::nullopt;
+  if (!takes_kernels(bound, input, taken)) return std::nullopt;
   const bool history = records_history(input, keys);
   // What is kept for backward must not depend on modes; without history nothing is kept, and the definition serves.
-  if (taken == Road::operators) {
-    if (!history) return std::nullopt;
-    return std::get<0>(call_forward(bound, input));
-  }
-  return recorded(bound.operation->recorded, {&input}, history, [&] {
+  if (taken == Road::operators && !history) return std::nullopt;
+  const bool keeps_bits = bound.operation->kept == Kept::bits;
+  if (taken == Road::operators)
+    return keeps_bits ? std::get<0>(call_forward(bound, input)) : apply_from(bound, input, taken, history);
+  return recorded(bound, &Registered::recorded, {&input}, history, [&] {
+    if (!keeps_bits) return apply_from(bound, input, taken, history);
     if (!history) return launch::forward(bound, input);
     return std::get<0>(forward_with_history(bound, input, launch::forward_bits));
   });
@@ -253,29 +266,29 @@ std::optional<Tensor> apply(const Bound& bound, const Tensor& input) {
 bool apply_(const Bound& bound, const Tensor& input) {
   const auto keys = effective_keys(input);
   const Road taken = road(input, keys);
-  if (taken == Road::definition || !input.is_non_overlapping_and_dense()) return false;
+  if (!takes_kernels(bound, input, taken)) return false;
   const bool history = records_history(input, keys);
   if (taken == Road::operators && !history) return false;
   torch::autograd::check_inplace(input, history);
   const auto bump_version = [&] {
     if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
   };
-  recorded(bound.operation->recorded_, {&input}, history, [&] {
+  recorded(bound, &Registered::recorded_in_place, {&input}, history, [&] {
     if (!history) {
       launch::forward_(bound, input);
       return bump_version();
     }
     // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new
     // version.
-    const auto [node, raw] = node_after(bound, input, input.sym_strides());
-    const Tensor bits = taken == Road::kernel ? launch::forward_bits_(bound, input) : below_autograd([&] {
-      auto [output, bits] = call_forward(bound, input);
-      input.copy_(output);
-      return bits;
-    });
+    const Kept kept = kept_by(*bound.operation, *dtype_of(input), /*inplace=*/true);
+    const auto [node, raw] = node_after(bound, kept, input, input.sym_strides());
+    const Tensor bits = overwrite(bound, kept, input, taken);
     bump_version();
     torch::autograd::rebase_history(input, node);
-    raw->bits_ = SavedVariable(bits, /*is_output=*/false);
+    if (kept == Kept::bits)
+      raw->save(bits);
+    else
+      raw->save(input, /*is_output=*/true, /*inplace_view=*/input.is_view());
   });
   return true;
 }

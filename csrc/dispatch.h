@@ -1,5 +1,7 @@
 // From the names in kernels.h to types: element type and activation are template arguments from here on.
 #pragma once
+#include <type_traits>
+
 #include "activations.h"
 #include "kernels.h"
 
@@ -25,8 +27,21 @@ auto with_activation(Activation activation, const Scalars& scalars, Body body) {
     case Activation::hardtanh: return body(Hardtanh<T, device>(scalars));
     case Activation::threshold: return body(Threshold<T, device>(scalars));
     case Activation::leaky_relu: return body(LeakyRelu<T, device>(scalars));
+    case Activation::elu: return body(Elu<T>(scalars));
+    case Activation::relu_squared: return body(ReluSquared<T>(scalars));
   }
   __builtin_unreachable();
+}
+
+// body(std::integral_constant<Kept, kept>{}) where this activation can be given that.
+template <class Activation, class Body>
+auto with_kept(Kept kept, Body body) {
+  if constexpr (Activation::keeps_bits) {
+    return body(std::integral_constant<Kept, Kept::bits>{});
+  } else {
+    if (kept == Kept::input) return body(std::integral_constant<Kept, Kept::input>{});
+    return body(std::integral_constant<Kept, Kept::output>{});
+  }
 }
 
 }  // namespace relu_ext

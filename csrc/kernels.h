@@ -12,10 +12,13 @@ namespace relu_ext {
 enum class Dtype : uint8_t { float32, float64, float16, bfloat16 };
 
 // One name per struct of activations.h.
-enum class Activation : uint8_t { relu, hardtanh, threshold, leaky_relu };
+enum class Activation : uint8_t { relu, hardtanh, threshold, leaky_relu, elu, relu_squared };
 
 // An activation's scalar arguments, in the order of its definition; those that it does not have are 0.
-using Scalars = std::array<double, 2>;
+using Scalars = std::array<double, 3>;
+
+// What backward needs beside grad: the bits, or as many elements as grad has.
+enum class Kept : uint8_t { bits, input, output };
 
 // output[i] = act(input[i]), and its bit where bits is not null. output may be input itself, else they don't overlap.
 struct Forward {
@@ -27,13 +30,15 @@ struct Forward {
   uint8_t* bits;
 };
 
-// output[i] = the gradient that grad[i] and bit i give. output may be grad itself, else they don't overlap.
+// output[i] = the gradient that grad[i] and bit i or element i of kept give. output may be grad itself, else they don't
+// overlap.
 struct Backward {
   Activation activation;
   Scalars scalars;
   Dtype dtype;
+  Kept kept_as;
   const void* grad;
-  const uint8_t* bits;
+  const void* kept;
   void* output;
 };
 

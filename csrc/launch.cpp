@@ -61,6 +61,21 @@ bool is_dense(at::IntArrayRef sizes, at::IntArrayRef stride) {
   return true;
 }
 
+// The gradient, with these strides. A grad of another layout is copied to it.
+Tensor run_backward(const Bound& bound, Kept kept_as, const Tensor& grad, const void* kept, at::IntArrayRef stride) {
+  const c10::OptionalDeviceGuard device(device_to_set(grad));
+  Tensor output = backend_of(grad).empty_strided(grad.sizes(), stride, grad.scalar_type());
+  const Tensor* source = &grad;
+  if (!same_layout(grad.sizes(), grad.strides(), stride)) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    source = &output.copy_(grad);
+  }
+  backend_of(grad).backward({bound.operation->activation, bound.scalars, *dtype_of(grad), kept_as,
+                             source->const_data_ptr(), kept, output.mutable_data_ptr()},
+                            grad.numel());
+  return output;
+}
+
 }  // namespace
 
 Dtype checked_dtype(const Tensor& tensor) {
@@ -110,21 +125,15 @@ Tensor forward_bits_(const Bound& bound, const Tensor& input) {
 }
 
 Tensor backward(const Bound& bound, const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
-  const Dtype dtype = checked_dtype(grad);
+  checked_dtype(grad);
   check_backward(grad, bits, bits.numel() == bytes_of_bits(grad.numel()), c10::fromIntArrayRefUnchecked(stride));
   TORCH_CHECK(is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
               " are not those of a dense tensor of shape ", grad.sizes());
-  const c10::OptionalDeviceGuard device(device_to_set(grad));
-  Tensor output = backend_of(grad).empty_strided(grad.sizes(), stride, grad.scalar_type());
-  const Tensor* source = &grad;
-  if (!same_layout(grad.sizes(), grad.strides(), stride)) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    source = &output.copy_(grad);
-  }
-  backend_of(grad).backward({bound.operation->activation, bound.scalars, dtype, source->const_data_ptr(),
-                             bits.const_data_ptr<uint8_t>(), output.mutable_data_ptr()},
-                            grad.numel());
-  return output;
+  return run_backward(bound, Kept::bits, grad, bits.const_data_ptr(), stride);
+}
+
+Tensor backward_from(Kept kept, const Bound& bound, const Tensor& grad, const Tensor& value) {
+  return run_backward(bound, kept, grad, value.const_data_ptr(), value.strides());
 }
 
 }  // namespace relu_ext::launch

@@ -8,7 +8,7 @@
 
 namespace relu_ext::launch {
 
-// Both throw; no data is read, so they serve tensors without data too. bits_fit: there are as many bytes of bits as
+// These throw; no data is read, so they serve tensors without data too. bits_fit: there are as many bytes of bits as
 // grad's elements need.
 Dtype checked_dtype(const at::Tensor&);
 void check_backward(const at::Tensor& grad, const at::Tensor& bits, bool bits_fit, c10::SymIntArrayRef stride);
@@ -25,5 +25,9 @@ at::Tensor forward_bits_(const Bound&, const at::Tensor& input);  // bits
 // The input's gradient, with the strides that the forward's output had: bits are in its memory order. A grad of another
 // layout is copied to it. Throws for bits or strides that do not fit grad.
 at::Tensor backward(const Bound&, const at::Tensor& grad, const at::Tensor& bits, at::IntArrayRef stride);
+
+// The same from the forward's input or output, whose strides the gradient has. Both are plain tensors of the same shape
+// and dtype, `value` dense.
+at::Tensor backward_from(Kept, const Bound&, const at::Tensor& grad, const at::Tensor& value);
 
 }  // namespace relu_ext::launch

@@ -141,6 +141,21 @@ RELU_EXT_INLINE half narrow<half>(float value) {
 #endif
 }
 
+RELU_EXT_INLINE float square_root(float value) {
+#ifdef __CUDA_ARCH__
+  return __fsqrt_rn(value);
+#else
+  return __builtin_sqrtf(value);
+#endif
+}
+RELU_EXT_INLINE double square_root(double value) {
+#ifdef __CUDA_ARCH__
+  return __dsqrt_rn(value);
+#else
+  return __builtin_sqrt(value);
+#endif
+}
+
 // The greatest T that is not above value, the least that is not below: input <= value if and only if input <=
 // at_most<T>.
 template <class T>

@@ -1,11 +1,11 @@
-// The registered operators: torch.ops.relu_ext.NAME_forward and NAME_backward for every row of the table.
+// The registered operators: torch.ops.relu_ext.NAME_forward and NAME_backward for every row of the table that keeps
+// bits, which nothing else makes. Other rows have their meaning in ATen's own operators.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -31,38 +31,40 @@ Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef
   return at::empty_strided_symint(grad.sym_sizes(), stride, grad.options());
 }
 
-// The scalars of the row, those that a caller gives among them.
-Bound bind(const Operation& operation, at::ArrayRef<double> scalars) {
+Bound checked(const Operation& operation, at::ArrayRef<double> scalars) {
   TORCH_CHECK(scalars.size() == size_t(operation.arguments), "relu_ext: ", operation.name, " has ", operation.arguments,
               " scalars, got ", scalars.size());
-  Bound bound{&operation, operation.scalars};
-  std::copy(scalars.begin(), scalars.end(), bound.scalars.begin());
-  return bound;
+  const auto bound = bind(operation, scalars.data());
+  TORCH_CHECK_VALUE(bound, "relu_ext: the scalars ", scalars, " are not those of a ", operation.name);
+  return *bound;
 }
 
 // An operator's kernel is a plain function, so the row is a template argument here.
 template <size_t row>
 struct Kernels {
   static Outputs forward(const Tensor& input, at::ArrayRef<double> scalars) {
-    return launch::forward_bits(bind(operations[row], scalars), input);
+    return launch::forward_bits(checked(operations[row], scalars), input);
   }
   static Tensor backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride,
                          at::ArrayRef<double> scalars) {
-    return launch::backward(bind(operations[row], scalars), grad, bits, C10_AS_INTARRAYREF_SLOW(stride));
+    return launch::backward(checked(operations[row], scalars), grad, bits, C10_AS_INTARRAYREF_SLOW(stride));
   }
   static Outputs autograd_forward(const Tensor& input, at::ArrayRef<double> scalars) {
-    return operator_forward(bind(operations[row], scalars), input);
+    return operator_forward(checked(operations[row], scalars), input);
   }
   static Tensor autograd_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride,
                                   at::ArrayRef<double> scalars) {
-    return operator_backward(bind(operations[row], scalars), grad, bits, stride);
+    return operator_backward(checked(operations[row], scalars), grad, bits, stride);
   }
 };
 
-// each(std::integral_constant<size_t, row>) for every row of the table.
+// each(std::integral_constant<size_t, row>) for every row of the table that keeps bits.
 template <class Each, size_t... rows>
 void for_rows(Each each, std::index_sequence<rows...>) {
-  (each(std::integral_constant<size_t, rows>{}), ...);
+  const auto where_bits = [&](auto row) {
+    if constexpr (operations[row].kept == Kept::bits) each(row);
+  };
+  (where_bits(std::integral_constant<size_t, rows>{}), ...);
 }
 template <class Each>
 void for_rows(Each each) {

@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "autograd.h"
 #include "cpu/isa.h"
@@ -64,14 +65,13 @@ std::optional<double> number(PyObject* object) {
 
 // The operation with the scalars that a caller gives; nullopt where one is no plain number, or where ATen has an error.
 std::optional<Bound> bind(const Operation& operation, PyObject* const* scalars) {
-  Bound bound{&operation, operation.scalars};
+  Scalars given;
   for (int i = 0; i < operation.arguments; ++i) {
     const auto value = number(scalars[i]);
     if (!value) return std::nullopt;
-    bound.scalars[i] = *value;
+    given[i] = *value;
   }
-  if (operation.activation == Activation::hardtanh && bound.scalars[0] > bound.scalars[1]) return std::nullopt;
-  return bound;
+  return relu_ext::bind(operation, given.data());
 }
 
 // Both give nullptr where the operation's ATen line must run.
@@ -92,13 +92,17 @@ PyObject* call(const Operation& operation, PyObject* const* args, bool inplace) 
   return inplace ? call_(*bound, args[0]) : call(*bound, args[0]);
 }
 
-// NAME(input, scalars..., inplace). An inplace that is no bool (a symbol of torch.fx, say) is left to the ATen line.
+// NAME(input, scalars..., inplace), without inplace where there is no such form. An inplace that is no bool (a symbol
+// of torch.fx, say) is left to the ATen line.
 template <size_t row>
 PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr const Operation& operation = operations[row];
-  if (count == operation.arguments + 2 && PyBool_Check(args[count - 1]))
-    if (PyObject* output = call(operation, args, args[count - 1] == Py_True)) return output;
+  if (count == operation.arguments + 1 + operation.in_place) {
+    const bool understood = !operation.in_place || PyBool_Check(args[count - 1]);
+    const bool inplace = operation.in_place && args[count - 1] == Py_True;
+    if (PyObject* output = understood ? call(operation, args, inplace) : nullptr) return output;
+  }
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }
@@ -122,10 +126,10 @@ PyMethodDef method(const char* name) {
 template <size_t... rows>
 PyMethodDef* methods(std::index_sequence<rows...>) {
   static const std::string names_[] = {std::string(operations[rows].name) + "_" ...};
-  static PyMethodDef table[] = {method<entry<rows>>(operations[rows].name)...,
-                                method<entry_<rows>>(names_[rows].c_str())...,
-                                {nullptr, nullptr, 0, nullptr}};
-  return table;
+  static std::vector<PyMethodDef> table{method<entry<rows>>(operations[rows].name)...};
+  ((operations[rows].in_place ? table.push_back(method<entry_<rows>>(names_[rows].c_str())) : void()), ...);
+  table.push_back({nullptr, nullptr, 0, nullptr});
+  return table.data();
 }
 
 py::list isas_up_to(Isa last) {

@@ -11,6 +11,10 @@ loading.check_build()
 
 from .autograd import ReLUFunction  # noqa: E402
 from .functional import (  # noqa: E402
+    celu,
+    celu_,
+    elu,
+    elu_,
     hardtanh,
     hardtanh_,
     leaky_relu,
@@ -19,22 +23,43 @@ from .functional import (  # noqa: E402
     relu6,
     relu6_,
     relu_,
+    relu_squared,
+    selu,
+    selu_,
     threshold,
     threshold_,
 )
 from .info import build_info  # noqa: E402
-from .modules import Hardtanh, LeakyReLU, ReLU, ReLU6, Threshold  # noqa: E402
+from .modules import (  # noqa: E402
+    CELU,
+    ELU,
+    SELU,
+    Hardtanh,
+    LeakyReLU,
+    ReLU,
+    ReLU6,
+    ReLUSquared,
+    Threshold,
+)
 from .version import __version__  # noqa: E402
 
 __all__ = [
+    "CELU",
+    "ELU",
+    "SELU",
     "Hardtanh",
     "LeakyReLU",
     "ReLU",
     "ReLU6",
     "ReLUFunction",
+    "ReLUSquared",
     "Threshold",
     "__version__",
     "build_info",
+    "celu",
+    "celu_",
+    "elu",
+    "elu_",
     "hardtanh",
     "hardtanh_",
     "leaky_relu",
@@ -43,6 +68,9 @@ __all__ = [
     "relu6",
     "relu6_",
     "relu_",
+    "relu_squared",
+    "selu",
+    "selu_",
     "threshold",
     "threshold_",
 ]

@@ -157,3 +157,71 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
     """:func:`leaky_relu` in place; a drop-in for :func:`torch.nn.functional.leaky_relu_`."""
     return F.leaky_relu_(input, negative_slope)
+
+
+@_kernel(_C.elu)
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``input`` where it is above 0, else ``alpha * (exp(input) - 1)``; a drop-in for :func:`torch.nn.functional.elu`.
+
+    Input, result and ``inplace`` as in :func:`relu`; arXiv:1511.07289. 16-bit types are computed in float32. In float32
+    the exponential is at most 2 units in the last place from the rounded true one, and nothing cancels near 0.
+
+    Gradient: ``grad`` where ``not (input <= 0)``, else ``grad * alpha * exp(input)``; as ATen's ``elu_backward``. The
+    input is kept for it; in place the output, from which the far tail's gradient is less exact, as in torch.
+
+    Raises:
+        What ``torch.nn.functional.elu`` raises: in the backward pass of the form in place for ``alpha < 0``, too.
+    """
+    return F.elu(input, alpha, inplace)
+
+
+@_kernel(_C.elu_)
+def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
+    """:func:`elu` in place; a drop-in for :func:`torch.nn.functional.elu_`."""
+    return F.elu_(input, alpha)
+
+
+@_kernel(_C.celu)
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``max(input, 0) + min(0, alpha * (exp(input / alpha) - 1))``; a drop-in for :func:`torch.nn.functional.celu`.
+
+    :func:`elu` with a slope that is continuous for every ``alpha`` (arXiv:1704.07483), else the same. ``alpha < 0`` is
+    left to torch, and so is its error for 0.
+    """
+    return F.celu(input, alpha, inplace)
+
+
+@_kernel(_C.celu_)
+def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
+    """:func:`celu` in place; a drop-in for :func:`torch.celu_`."""
+    return torch.celu_(input, alpha)
+
+
+@_kernel(_C.selu)
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``scale * elu(input, alpha)``; a drop-in for :func:`torch.nn.functional.selu`.
+
+    With the two constants that keep mean 0 and variance 1 (arXiv:1706.02515), else the same as :func:`elu`.
+    """
+    return F.selu(input, inplace)
+
+
+@_kernel(_C.selu_)
+def selu_(input: Tensor) -> Tensor:
+    """:func:`selu` in place; a drop-in for :func:`torch.selu_`."""
+    return torch.selu_(input)
+
+
+@_kernel(_C.relu_squared)
+def relu_squared(input: Tensor) -> Tensor:
+    """``max(input, 0) ** 2`` (arXiv:2109.08668), rounded once.
+
+    Input and result as in :func:`relu`. 16-bit types are multiplied in float32.
+
+    Gradient: ``2 * grad * max(input, 0)``. The output is all that is kept, which a linear layer that follows keeps
+    anyway, so it may not be changed in place before the backward pass. Its square root, rounded to the dtype, is
+    ``max(input, 0)`` again wherever that is between 2^-60 and 2^60, in float32, float64 and bfloat16; beyond these,
+    where the square loses digits or leaves the dtype's range, so does the gradient, down to 0 and up to inf. float16,
+    whose squares underflow, keeps the input.
+    """
+    return (r := torch.relu(input)) * r

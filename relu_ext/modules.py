@@ -1,12 +1,13 @@
 """The operations as modules: torch's own classes with another ``forward``.
 
-Each is an instance of the torch class of its name and takes its arguments; attributes, repr and state_dict are the same.
+Each is an instance of the torch class of its name, where torch has it, and takes its arguments; attributes, repr and
+state_dict are the same.
 """
 
 import torch
 from torch import Tensor
 
-from .functional import hardtanh, leaky_relu, relu, threshold
+from .functional import celu, elu, hardtanh, leaky_relu, relu, relu_squared, selu, threshold
 
 
 class ReLU(torch.nn.ReLU):
@@ -42,3 +43,31 @@ class LeakyReLU(torch.nn.LeakyReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class ELU(torch.nn.ELU):
+    """A drop-in for :class:`torch.nn.ELU`; see :func:`relu_ext.elu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return elu(input, self.alpha, self.inplace)
+
+
+class CELU(torch.nn.CELU):
+    """A drop-in for :class:`torch.nn.CELU`; see :func:`relu_ext.celu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return celu(input, self.alpha, self.inplace)
+
+
+class SELU(torch.nn.SELU):
+    """A drop-in for :class:`torch.nn.SELU`; see :func:`relu_ext.selu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return selu(input, self.inplace)
+
+
+class ReLUSquared(torch.nn.Module):
+    """``max(input, 0) ** 2`` as a layer; see :func:`relu_ext.relu_squared`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu_squared(input)

@@ -57,7 +57,7 @@ RELU_EXT_INLINE uint64_t pack(const uint8_t* bytes) {
 template <class T, class Activation>
 RELU_EXT_INLINE void forward_loop(Activation act, const T* input, T* output, int64_t begin, int64_t end) {
   RELU_EXT_LANES
-  for (int64_t i = begin; i < end; ++i) output[i] = act.forward(input[i], act.keep(input[i]));
+  for (int64_t i = begin; i < end; ++i) output[i] = output_of(act, input[i]);
 }
 
 template <class T, class Activation>
@@ -91,7 +91,7 @@ RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output
   });
 }
 
-template <class T, class Activation>
+template <Kept, class T, class Activation>
 RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const uint8_t* bits, T* output, int64_t begin,
                                    int64_t end) {
   for_blocks<8 * sizeof(T)>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
@@ -100,6 +100,13 @@ RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const uint8_t*
     RELU_EXT_LANES
     for (int j = 0; j < count; ++j) output[i + j] = act.backward(grad[i + j], (kept & single<Word<T>>.bit[j]) != 0);
   });
+}
+
+template <Kept kept, class T, class Activation>
+RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const T* value, T* output, int64_t begin,
+                                   int64_t end) {
+  RELU_EXT_LANES
+  for (int64_t i = begin; i < end; ++i) output[i] = act.template backward<kept>(grad[i], value[i]);
 }
 
 }  // namespace relu_ext::cpu

@@ -2,6 +2,7 @@
 // as such, and is rounded back. Compilers do not use the instructions for it by themselves.
 #pragma once
 #include <algorithm>
+#include <array>
 
 #include "loops.h"
 #if defined(__x86_64__)
@@ -48,16 +49,19 @@ inline void narrow_chunk(const float* from, half* to) {
   for (int j = 0; j < chunk; ++j) to[j] = narrow<half>(from[j]);
 }
 
-// loop(input, output, i, count): floats of elements i to i + count - 1, where i is a multiple of 64.
-template <class Loop>
-void in_chunks(const half* input, half* output, int64_t begin, int64_t end, Loop loop) {
-  alignas(64) float wide[chunk], result[chunk];
+// loop(inputs, output, i, count): floats of elements i to i + count - 1, where i is a multiple of 64.
+template <class Inputs, class Loop>
+void in_chunks(const Inputs& inputs, half* output, int64_t begin, int64_t end, Loop loop) {
+  constexpr size_t operands = std::tuple_size_v<Inputs>;
+  alignas(64) float wide[operands][chunk], result[chunk];
   alignas(64) half part[chunk] = {};
   for (int64_t i = begin; i < end; i += chunk) {
     const int count = int(std::min<int64_t>(chunk, end - i));
     const bool whole = count == chunk;
-    if (!whole) std::memcpy(part, input + i, size_t(count) * sizeof(half));
-    widen_chunk(whole ? input + i : part, wide);
+    for (size_t operand = 0; operand < operands; ++operand) {
+      if (!whole) std::memcpy(part, inputs[operand] + i, size_t(count) * sizeof(half));
+      widen_chunk(whole ? inputs[operand] + i : part, wide[operand]);
+    }
     loop(wide, result, i, count);
     narrow_chunk(result, whole ? output + i : part);
     if (!whole) std::memcpy(output + i, part, size_t(count) * sizeof(half));

@@ -1,5 +1,6 @@
 // From a description of the work to the kernel that does it, and its launch.
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "../dispatch.h"
@@ -26,11 +27,16 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, c
   return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream);
 }
 
-// body(T{}, act, Tile{}, aligned), all of them types but for what act holds. from: what is read beside work.output.
+bool are_aligned(std::initializer_list<const void*> pointers) {
+  uintptr_t all = 0;
+  for (const void* pointer : pointers) all |= reinterpret_cast<uintptr_t>(pointer);
+  return all % 16 == 0;
+}
+
+// body(T{}, act, Tile{}, aligned), all of them types but for what act holds.
 template <class Work, class Body>
-cudaError_t with_types(const Work& work, int64_t numel, const void* from, Body body) {
+cudaError_t with_types(const Work& work, int64_t numel, bool is_aligned, Body body) {
   if (numel == 0) return cudaSuccess;
-  const bool is_aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(work.output)) % 16 == 0;
   return with_dtype(work.dtype, [&](auto element) {
     using T = decltype(element);
     return with_activation<T, Device::cuda>(work.activation, work.scalars, [&](auto act) {
@@ -49,24 +55,31 @@ int64_t blocks(int64_t numel) {
 }  // namespace
 
 cudaError_t forward(const Forward& work, int64_t numel, cudaStream_t stream) {
-  return with_types(work, numel, work.input, [&](auto element, auto act, auto tile, auto aligned) {
+  const bool is_aligned = are_aligned({work.input, work.output});
+  return with_types(work, numel, is_aligned, [&](auto element, auto act, auto tile, auto aligned) {
     using T = decltype(element);
     using Tile = decltype(tile);
+    using Act = decltype(act);
     constexpr bool whole = decltype(aligned)::value;
-    const auto kernel = work.bits ? forward_kernel<T, Tile, whole, true, decltype(act)>
-                                  : forward_kernel<T, Tile, whole, false, decltype(act)>;
+    const auto kernel =
+        work.bits ? forward_kernel<T, Tile, whole, Act::keeps_bits, Act> : forward_kernel<T, Tile, whole, false, Act>;
     return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act, static_cast<const T*>(work.input),
                   static_cast<T*>(work.output), work.bits, numel);
   });
 }
 
 cudaError_t backward(const Backward& work, int64_t numel, cudaStream_t stream) {
-  return with_types(work, numel, work.grad, [&](auto element, auto act, auto tile, auto aligned) {
+  const bool from_bits = work.kept_as == Kept::bits;
+  const bool is_aligned = are_aligned({work.grad, from_bits ? nullptr : work.kept, work.output});
+  return with_types(work, numel, is_aligned, [&](auto element, auto act, auto tile, auto aligned) {
     using T = decltype(element);
     using Tile = decltype(tile);
-    const auto kernel = backward_kernel<T, Tile, decltype(aligned)::value, decltype(act)>;
-    return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act, static_cast<const T*>(work.grad),
-                  work.bits, static_cast<T*>(work.output), numel);
+    using K = std::conditional_t<decltype(act)::keeps_bits, uint8_t, T>;
+    return with_kept<decltype(act)>(work.kept_as, [&](auto from) {
+      const auto kernel = backward_kernel<decltype(from)::value, T, Tile, decltype(aligned)::value, decltype(act), K>;
+      return launch(kernel, blocks<T, Tile>(numel), Tile::threads, stream, act, static_cast<const T*>(work.grad),
+                    static_cast<const K*>(work.kept), static_cast<T*>(work.output), numel);
+    });
   });
 }
 

@@ -132,16 +132,20 @@ __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* 
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j) {
       T& value = values[k].lane[j];
-      const bool keep = act.keep(value);
-      value = act.forward(value, keep);
-      kept[k] |= uint32_t(keep && j < part.count(k)) << j;
+      if constexpr (Activation::keeps_bits) {
+        const bool keep = act.keep(value);
+        value = act.forward(value, keep);
+        kept[k] |= uint32_t(keep && j < part.count(k)) << j;
+      } else {
+        value = act.forward(value);
+      }
     }
     store<Tile::stores, aligned>(output + part.element(k), part.count(k), values[k]);
   }
   if constexpr (with_bits) store_bits<T, Tile, full>(part, kept, bits);
 }
 
-template <class T, class Tile, bool aligned, bool full, class Activation>
+template <Kept, class T, class Tile, bool aligned, bool full, class Activation>
 __device__ __forceinline__ void backward_tile(Activation act, const T* grad, const uint8_t* bits, T* output,
                                               int64_t numel) {
   const Part<T, Tile, full> part(numel);
@@ -162,12 +166,30 @@ __device__ __forceinline__ void backward_tile(Activation act, const T* grad, con
   }
 }
 
+template <Kept from, class T, class Tile, bool aligned, bool full, class Activation>
+__device__ __forceinline__ void backward_tile(Activation act, const T* grad, const T* kept, T* output, int64_t numel) {
+  const Part<T, Tile, full> part(numel);
+  Vector<T> values[Tile::vectors], others[Tile::vectors];
+#pragma unroll
+  for (int k = 0; k < Tile::vectors; ++k) {
+    values[k] = load<Tile::loads, aligned>(grad + part.element(k), part.count(k));
+    others[k] = load<Tile::loads, aligned>(kept + part.element(k), part.count(k));
+  }
+#pragma unroll
+  for (int k = 0; k < Tile::vectors; ++k) {
+#pragma unroll
+    for (int j = 0; j < Vector<T>::lanes; ++j)
+      values[k].lane[j] = act.template backward<from>(values[k].lane[j], others[k].lane[j]);
+    store<Tile::stores, aligned>(output + part.element(k), part.count(k), values[k]);
+  }
+}
+
 template <class T, class Tile>
 __device__ __forceinline__ bool block_is_full(int64_t numel) {
   return numel - int64_t(blockIdx.x) * elements_of<T, Tile> >= elements_of<T, Tile>;
 }
 
-// A grid of one block a tile. aligned: input and output are at multiples of 16 bytes.
+// A grid of one block a tile. aligned: all but the bits is at multiples of 16 bytes.
 template <class T, class Tile, bool aligned, bool with_bits, class Activation>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     forward_kernel(Activation act, const T* input, T* output, uint8_t* bits, int64_t numel) {
@@ -177,13 +199,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     forward_tile<T, Tile, aligned, with_bits, false>(act, input, output, bits, numel);
 }
 
-template <class T, class Tile, bool aligned, class Activation>
+template <Kept from, class T, class Tile, bool aligned, class Activation, class K>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    backward_kernel(Activation act, const T* grad, const uint8_t* bits, T* output, int64_t numel) {
+    backward_kernel(Activation act, const T* grad, const K* kept, T* output, int64_t numel) {
   if (block_is_full<T, Tile>(numel))
-    backward_tile<T, Tile, aligned, true>(act, grad, bits, output, numel);
+    backward_tile<from, T, Tile, aligned, true>(act, grad, kept, output, numel);
   else
-    backward_tile<T, Tile, aligned, false>(act, grad, bits, output, numel);
+    backward_tile<from, T, Tile, aligned, false>(act, grad, kept, output, numel);
 }
 
 }  // namespace relu_ext::cuda
