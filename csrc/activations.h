@@ -105,6 +105,7 @@ struct LeakyRelu {
   Arithmetic<T> slope;
 
   explicit LeakyRelu(const Scalars& scalars) : slope(Arithmetic<T>(scalars[0])) {}
+  RELU_EXT_INLINE explicit LeakyRelu(Arithmetic<T> slope) : slope(slope) {}
 
   RELU_EXT_INLINE bool keep(T input) const { return is_positive(as<X>(input)); }
   RELU_EXT_INLINE T forward(T input, bool keep) const { return backward(input, keep); }
@@ -139,6 +140,12 @@ struct Elu {
   }
 };
 
+// max(x, 0); NaN passes.
+template <class X>
+RELU_EXT_INLINE X rectified(X x) {
+  return select(x <= 0, X{}, x);
+}
+
 // max(input, 0) squared. The square root of the output, rounded to T, is max(input, 0) again wherever the square is
 // neither subnormal nor infinite; the gradient is that of (r = max(input, 0)) * r in ATen, twice grad * r.
 template <class T>
@@ -160,9 +167,19 @@ struct ReluSquared {
     const X twice = widen(grad) * root * 2;
     return narrow<T>(select(root <= 0, X{}, twice));
   }
+};
 
- private:
-  static RELU_EXT_INLINE X rectified(X x) { return select(x <= 0, X{}, x); }
+// max(gate, 0) * up; each gradient is one product, rounded once.
+template <class T>
+struct Reglu {
+  using X = Arithmetic<T>;
+
+  static RELU_EXT_INLINE T forward(T gate, T up) { return narrow<T>(rectified(widen(gate)) * widen(up)); }
+  static RELU_EXT_INLINE T grad_gate(T grad, T gate, T up) {
+    const T product = narrow<T>(widen(grad) * widen(up));
+    return select(widen(gate) <= 0, T{}, product);
+  }
+  static RELU_EXT_INLINE T grad_up(T grad, T gate) { return narrow<T>(widen(grad) * rectified(widen(gate))); }
 };
 
 template <class Activation, class T>

@@ -1,8 +1,5 @@
 #include "autograd.h"
 
-#include <ATen/SequenceNumber.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/elu.h>
 #include <ATen/ops/elu_backward.h>
@@ -11,14 +8,12 @@
 #include <ATen/ops/sqrt.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
-#include <ATen/record_function.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
-#include <initializer_list>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "gate.h"
 #include "launch.h"
 #include "node.h"
@@ -27,82 +22,13 @@ namespace relu_ext {
 namespace {
 
 using at::Tensor;
-using torch::autograd::SavedVariable;
-
-using Outputs = std::tuple<Tensor, Tensor>;  // output, bits
-
-// What the dispatcher has under a row's name, and what the profiler shows for it.
-struct Registered {
-  using Forward = Outputs(const Tensor&, at::ArrayRef<double>);
-  using Backward = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, at::ArrayRef<double>);
-
-  std::string recorded, recorded_in_place, recorded_backward;
-  std::optional<c10::TypedOperatorHandle<Forward>> forward;  // of rows that keep bits
-  std::optional<c10::TypedOperatorHandle<Backward>> backward;
-
-  explicit Registered(const Operation& operation)
-      : recorded(std::string("relu_ext::") + operation.name),
-        recorded_in_place(recorded + "_"),
-        recorded_backward(recorded + "_backward") {
-    if (operation.kept != Kept::bits) return;
-    forward = find(recorded + "_forward").typed<Forward>();
-    backward = find(recorded_backward).typed<Backward>();
-  }
-
-  static c10::OperatorHandle find(const std::string& name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
-  }
-};
-
-const Registered& registered(const Bound& bound) {
-  static const std::vector<Registered> rows(operations.begin(), operations.end());
-  return rows[bound.operation - operations.data()];
-}
-
-// call(), shown by the profiler under this name. As the dispatcher does it: without a profiler nothing is constructed.
-template <class Call>
-auto recorded(const Bound& bound, std::string Registered::* name, std::initializer_list<const Tensor*> inputs,
-              bool history, Call call) {
-  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
-  if (!callbacks) return call();
-  at::RecordFunction guard(std::move(*callbacks));
-  const char* const shown = (registered(bound).*name).c_str();
-  const int64_t sequence = history ? int64_t(at::sequence_number::peek()) : -1;  // leads the profiler to the backward
-  if (guard.needsInputs()) {
-    std::vector<c10::IValue> values;
-    for (const Tensor* input : inputs) values.emplace_back(*input);
-    guard.before(shown, &values, sequence);
-  } else {
-    guard.before(shown, sequence);
-  }
-  return call();
-}
-
-at::ArrayRef<double> arguments(const Bound& bound) {
-  return {bound.scalars.data(), size_t(bound.operation->arguments)};
-}
-
-Outputs call_forward(const Bound& bound, const Tensor& input) {
-  return registered(bound).forward->call(input, arguments(bound));
-}
-Tensor call_backward(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-  return registered(bound).backward->call(grad, bits, stride, arguments(bound));
-}
 
 // The same function of grad as ATen calls, for gradients that the kernels do not take: PyTorch then batches,
 // differentiates or traces them itself.
 Tensor gradient_definition(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-  const Tensor position = at::arange(8, bits.options());
-  const Tensor keep = bits.unsqueeze(1).__rshift__(position).__and__(1).to(at::kBool).flatten();
-  const Tensor kept = keep.as_strided_symint(grad.sym_sizes(), stride);
+  const Tensor kept = kept_by_bits(bits, grad.sym_sizes(), stride);
   if (bound.operation->activation == Activation::leaky_relu) return at::where(kept, grad, grad.mul(bound.scalars[0]));
   return at::where(kept, grad, 0);
-}
-
-template <class Call>
-auto below_autograd(Call call) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return call();
 }
 
 Gradients gradients;
@@ -161,7 +87,7 @@ Tensor definition(const Bound& bound, const Tensor& input) {
 Tensor root_of(Kept kept, const Tensor& value, bool history) {
   if (kept == Kept::input) return at::relu(value);
   if (!history) return at::sqrt(value);
-  const Bound relu{&operations[0], {}};
+  const Bound relu{operation_of(Activation::relu, Form::elementwise), {}};
   const Tensor root = below_autograd([&] { return value.detach().sqrt(); });
   const Tensor bits = below_autograd([&] { return std::get<1>(call_forward(relu, root)); });
   const auto stride = root.sym_strides();
@@ -245,6 +171,12 @@ bool takes_kernels(const Bound& bound, const Tensor& input, Road taken) {
 }
 
 }  // namespace
+
+Tensor kept_by_bits(const Tensor& bits, c10::SymIntArrayRef sizes, c10::SymIntArrayRef stride) {
+  const Tensor position = at::arange(8, bits.options());
+  const Tensor keep = bits.unsqueeze(1).__rshift__(position).__and__(1).to(at::kBool).flatten();
+  return keep.as_strided_symint(sizes, stride);
+}
 
 std::optional<Tensor> apply(const Bound& bound, const Tensor& input) {
   const auto keys = effective_keys(input);

@@ -17,6 +17,13 @@ std::optional<at::Tensor> apply(const Bound&, const at::Tensor& input);
 // ...
 bool apply_(const Bound&, const at::Tensor& input);
 
+// The same for those with two tensors.
+std::optional<at::Tensor> apply_prelu(const Bound&, const at::Tensor& input, const at::Tensor& weight);
+std::optional<at::Tensor> apply_reglu(const Bound&, const at::Tensor& gate, const at::Tensor& up);
+
+// The bits as a bool tensor of these sizes and strides.
+at::Tensor kept_by_bits(const at::Tensor& bits, c10::SymIntArrayRef sizes, c10::SymIntArrayRef stride);
+
 // The registered operators' kernels for the Autograd key.
 std::tuple<at::Tensor, at::Tensor> operator_forward(const Bound&, const at::Tensor& input);
 at::Tensor operator_backward(const Bound&, const at::Tensor& grad, const at::Tensor& bits, c10::SymIntArrayRef stride);

@@ -13,6 +13,10 @@ struct Backend {
   // Elements 0 to numel - 1, in the current device's memory. On return the work is done or in its current queue.
   void (*forward)(const Forward&, int64_t numel);
   void (*backward)(const Backward&, int64_t numel);
+  void (*gated)(const Gated&, int64_t numel);
+  void (*gated_backward)(const GatedBackward&, int64_t numel);
+  void (*prelu)(const Prelu&, int64_t numel);
+  void (*prelu_backward)(const PreluBackward&, int64_t numel);
 };
 
 namespace cpu {

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "backend.h"
+#include "operations.h"
 
 namespace relu_ext {
 
@@ -39,10 +40,11 @@ namespace keys {
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// Autograd is ours to honour (records_history, increment_version). Autocast: relu has no rule for it in PyTorch either.
+// Autograd is ours to honour (records_history, increment_version). Autocast: most operations have no rule for it.
 inline constexpr DispatchKeySet ours({DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect,
                                       DispatchKey::AutogradFunctionality, DispatchKey::AutocastCPU,
                                       DispatchKey::AutocastCUDA});
+inline constexpr DispatchKeySet autocast({DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
 // What a thread carries inside of dispatch modes and functorch transforms, also for tensors that have no part in them.
 inline constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot,
                                        DispatchKey::FuncTorchDynamicLayerFrontMode,
@@ -78,6 +80,17 @@ inline Road road(const at::Tensor& tensor, c10::DispatchKeySet effective) {
   if (!dtype_of(tensor)) return Road::definition;
   if (tensor._fw_grad(/*level=*/0).defined()) return Road::definition;  // a dual tensor has no key of its own
   return plain ? Road::kernel : Road::operators;
+}
+
+// For a call with two tensors, which must be alike.
+inline Road road(const Operation& operation, const at::Tensor& a, const at::Tensor& b) {
+  const auto keys_a = effective_keys(a), keys_b = effective_keys(b);
+  if (operation.autocast && (keys_a | keys_b).has_any(keys::autocast)) return Road::definition;
+  const Road road_a = road(a, keys_a), road_b = road(b, keys_b);
+  if (road_a == Road::definition || road_b == Road::definition || a.scalar_type() != b.scalar_type() ||
+      a.device() != b.device())
+    return Road::definition;
+  return road_a == Road::kernel && road_b == Road::kernel ? Road::kernel : Road::operators;
 }
 
 // Does PyTorch record a call with this tensor in the autograd graph?

@@ -42,6 +42,57 @@ struct Backward {
   void* output;
 };
 
+// The halves of a projection, each in rows of `columns` elements: from the first element of a row to that of the next
+// there are `stride`. A dense tensor is one row. Where data is null, nothing is read or wanted.
+template <class Pointer>
+struct Rows {
+  Pointer data;
+  int64_t stride;
+};
+
+// output = max(gate, 0) * up.
+struct Gated {
+  Dtype dtype;
+  int64_t columns;
+  Rows<const void*> gate, up;
+  Rows<void*> output;
+};
+// The gradients of gate, for which up is read too, and of up.
+struct GatedBackward {
+  Dtype dtype;
+  int64_t columns;
+  Rows<const void*> grad, gate, up;
+  Rows<void*> grad_gate, grad_up;
+};
+
+// Element i belongs to channel i / inner % channels.
+struct Channels {
+  int64_t channels, inner;
+};
+
+// output[i] = input[i] > 0 ? input[i] : weight[channel] * input[i], and its bit where bits is not null.
+struct Prelu {
+  Dtype dtype;
+  Channels channels;
+  const void* input;
+  const void* weight;  // dense, one a channel
+  void* output;
+  uint8_t* bits;
+};
+// output[i] = input[i] > 0 ? grad[i] : weight[channel] * grad[i]; grad_weight[channel] = the sum of input[i] * grad[i]
+// where not (input[i] > 0). Either may be null: not wanted. Where bits is not null it is read in the place of input,
+// and grad_weight is null. output may be grad itself.
+struct PreluBackward {
+  Dtype dtype;
+  Channels channels;
+  const void* grad;
+  const void* input;
+  const uint8_t* bits;
+  const void* weight;
+  void* output;
+  void* grad_weight;
+};
+
 constexpr int64_t bytes_of_bits(int64_t numel) { return numel / 8 + (numel % 8 != 0); }
 
 namespace cpu {
@@ -52,6 +103,14 @@ constexpr int64_t alignment = 64;
 // Elements begin to end - 1, on the calling thread.
 void forward(const Forward&, int64_t begin, int64_t end);
 void backward(const Backward&, int64_t begin, int64_t end);
+void gated(const Gated&, int64_t begin, int64_t end);
+void gated_backward(const GatedBackward&, int64_t begin, int64_t end);
+void prelu(const Prelu&, int64_t begin, int64_t end);
+
+// sums: of this range alone, one a channel, is added to; null where grad_weight is. grad_weight itself is not written.
+void prelu_backward(const PreluBackward&, double* sums, int64_t begin, int64_t end);
+// grad_weight[channel] = sums[channel], rounded.
+void round_sums(const PreluBackward&, const double* sums);
 
 // Tells the system that these bytes, not touched so far, are about to be written.
 void expect_writes(void* memory, int64_t bytes);

@@ -15,34 +15,10 @@ namespace {
 
 using at::Tensor;
 
-// The device whose queue and memory serve the call; the CPU has no current one to be set.
-std::optional<c10::Device> device_to_set(const Tensor& tensor) {
-  return tensor.is_cpu() ? std::nullopt : std::optional(tensor.device());
-}
-
-// Uninitialised, with the strides that TensorIterator gives the output of an elementwise operation on a dense input.
-Tensor allocate_like(const Tensor& input) {
-  const Backend& backend = backend_of(input);
-  for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast})
-    if (input.is_contiguous(format)) return backend.empty(input.sizes(), input.scalar_type(), format);
-  return backend.empty_strided(input.sizes(), input.strides(), input.scalar_type());
-}
-
-Tensor allocate_bits(const Tensor& input) {
-  return backend_of(input).empty({bytes_of_bits(input.numel())}, at::kByte, at::MemoryFormat::Contiguous);
-}
-
 void run_forward(const Bound& bound, const Tensor& input, const Tensor& output, uint8_t* bits) {
   backend_of(input).forward({bound.operation->activation, bound.scalars, checked_dtype(input), input.const_data_ptr(),
                              output.mutable_data_ptr(), bits},
                             input.numel());
-}
-
-// Same place in memory for every element: strides agree wherever there is more than one step to take.
-bool same_layout(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] > 1 && a[d] != b[d]) return false;
-  return true;
 }
 
 // Do these strides visit each of numel memory places once?
@@ -63,7 +39,7 @@ bool is_dense(at::IntArrayRef sizes, at::IntArrayRef stride) {
 
 // The gradient, with these strides. A grad of another layout is copied to it.
 Tensor run_backward(const Bound& bound, Kept kept_as, const Tensor& grad, const void* kept, at::IntArrayRef stride) {
-  const c10::OptionalDeviceGuard device(device_to_set(grad));
+  const OnDevice device(grad);
   Tensor output = backend_of(grad).empty_strided(grad.sizes(), stride, grad.scalar_type());
   const Tensor* source = &grad;
   if (!same_layout(grad.sizes(), grad.strides(), stride)) {
@@ -77,6 +53,29 @@ Tensor run_backward(const Bound& bound, Kept kept_as, const Tensor& grad, const 
 }
 
 }  // namespace
+
+Tensor allocate_like(const Tensor& input) {
+  const Backend& backend = backend_of(input);
+  for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast})
+    if (input.is_contiguous(format)) return backend.empty(input.sizes(), input.scalar_type(), format);
+  return backend.empty_strided(input.sizes(), input.strides(), input.scalar_type());
+}
+
+Tensor allocate_bits(const Tensor& input) {
+  return backend_of(input).empty({bytes_of_bits(input.numel())}, at::kByte, at::MemoryFormat::Contiguous);
+}
+
+bool same_layout(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && a[d] != b[d]) return false;
+  return true;
+}
+
+Tensor in_layout(const Tensor& tensor, at::IntArrayRef stride) {
+  if (same_layout(tensor.sizes(), tensor.strides(), stride)) return tensor;
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return backend_of(tensor).empty_strided(tensor.sizes(), stride, tensor.scalar_type()).copy_(tensor);
+}
 
 Dtype checked_dtype(const Tensor& tensor) {
   const auto dtype = dtype_of(tensor);
@@ -95,7 +94,7 @@ void check_backward(const Tensor& grad, const Tensor& bits, bool bits_fit, c10::
 }
 
 Tensor forward(const Bound& bound, const Tensor& input) {
-  const c10::OptionalDeviceGuard device(device_to_set(input));
+  const OnDevice device(input);
   Tensor output = allocate_like(input);
   run_forward(bound, input, output, nullptr);
   return output;
@@ -103,7 +102,7 @@ Tensor forward(const Bound& bound, const Tensor& input) {
 
 std::tuple<Tensor, Tensor> forward_bits(const Bound& bound, const Tensor& input) {
   checked_dtype(input);
-  const c10::OptionalDeviceGuard device(device_to_set(input));
+  const OnDevice device(input);
   const bool dense = input.is_non_overlapping_and_dense();
   Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
   Tensor bits = allocate_bits(input);
@@ -113,12 +112,12 @@ std::tuple<Tensor, Tensor> forward_bits(const Bound& bound, const Tensor& input)
 }
 
 void forward_(const Bound& bound, const Tensor& input) {
-  const c10::OptionalDeviceGuard device(device_to_set(input));
+  const OnDevice device(input);
   run_forward(bound, input, input, nullptr);
 }
 
 Tensor forward_bits_(const Bound& bound, const Tensor& input) {
-  const c10::OptionalDeviceGuard device(device_to_set(input));
+  const OnDevice device(input);
   Tensor bits = allocate_bits(input);
   run_forward(bound, input, input, bits.mutable_data_ptr<uint8_t>());
   return bits;

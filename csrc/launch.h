@@ -1,12 +1,30 @@
 // From tensors to the backend: checks, allocation, recording. Below autograd: no history, no version counter.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
+#include <optional>
 #include <tuple>
 
 #include "operations.h"
 
 namespace relu_ext::launch {
+
+// Makes the tensor's device the current one, whose queue and memory serve the call. The CPU has none to be set.
+struct OnDevice {
+  explicit OnDevice(const at::Tensor& tensor)
+      : guard_(tensor.is_cpu() ? std::nullopt : std::optional(tensor.device())) {}
+  const c10::OptionalDeviceGuard guard_;
+};
+
+// Uninitialised, with the strides that TensorIterator gives the output of an elementwise operation on a dense input.
+at::Tensor allocate_like(const at::Tensor& input);
+at::Tensor allocate_bits(const at::Tensor& input);
+
+// Same place in memory for every element: strides agree wherever there is more than one step to take.
+bool same_layout(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b);
+// The tensor, or a copy of it, with these strides.
+at::Tensor in_layout(const at::Tensor&, at::IntArrayRef stride);
 
 // These throw; no data is read, so they serve tensors without data too. bits_fit: there are as many bytes of bits as
 // grad's elements need.

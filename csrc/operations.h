@@ -10,19 +10,11 @@
 
 namespace relu_ext {
 
-struct Operation {
-  Activation activation;
-  Kept kept;                   // out of place; kept_by has the exceptions
-  bool in_place;               // whether there is such a form
-  int arguments;               // how many scalars a caller gives; the first of `scalars` stand for them
-  Scalars scalars;             // what the others are
-  bool (*complete)(Scalars&);  // sets scalars that follow from the arguments; false: ATen must see them
-  const char* name;            // of the Python entry, the operators and what the profiler shows
-  const char* node;            // of the autograd node: what a tensor's grad_fn shows
-};
+// What an operation is given: a tensor; one and a vector of a value for each of its channels; two alike.
+enum class Form : uint8_t { elementwise, channels, gated };
 
+// They set scalars that follow from the arguments. False: these are ATen's affair.
 namespace complete {
-inline bool nothing(Scalars&) { return true; }
 inline bool in_order(Scalars& scalars) { return scalars[0] <= scalars[1]; }
 // celu(alpha) is elu(alpha, 1, 1 / alpha).
 inline bool inverse(Scalars& scalars) {
@@ -31,21 +23,35 @@ inline bool inverse(Scalars& scalars) {
 }
 }  // namespace complete
 
+struct Operation {
+  const char* name;  // of the Python entry, the operators and what the profiler shows
+  const char* node;  // of the autograd node: what a tensor's grad_fn shows
+  Kept kept;         // out of place; kept_by has the exceptions
+  bool in_place;     // whether there is such a form
+  Activation activation;
+  int arguments = 0;     // how many scalars a caller gives; the first of `scalars` are those
+  Scalars scalars = {};  // what the others are
+  bool (*complete)(Scalars&) = nullptr;
+  Form form = Form::elementwise;
+  bool autocast = false;  // whether ATen has an autocast rule for it; then an active autocast is ATen's affair
+};
+
 inline constexpr double selu_alpha = 1.6732632423543772848170429916717;  // arXiv:1706.02515, as ATen has them
 inline constexpr double selu_scale = 1.0507009873554804934193349852946;
 
 inline constexpr std::array operations{
-    Operation{Activation::relu, Kept::bits, true, 0, {}, complete::nothing, "relu", "ReLUBackward"},
-    Operation{Activation::hardtanh, Kept::bits, true, 0, {0, 6}, complete::nothing, "relu6", "ReLU6Backward"},
-    Operation{Activation::hardtanh, Kept::bits, true, 2, {}, complete::in_order, "hardtanh", "HardtanhBackward"},
-    Operation{Activation::threshold, Kept::bits, true, 2, {}, complete::nothing, "threshold", "ThresholdBackward"},
-    Operation{Activation::leaky_relu, Kept::bits, true, 1, {}, complete::nothing, "leaky_relu", "LeakyReLUBackward"},
-    Operation{Activation::elu, Kept::input, true, 1, {0, 1, 1}, complete::nothing, "elu", "ELUBackward"},
-    Operation{Activation::elu, Kept::input, true, 1, {0, 1, 0}, complete::inverse, "celu", "CELUBackward"},
+    Operation{"relu", "ReLUBackward", Kept::bits, true, Activation::relu},
+    Operation{"relu6", "ReLU6Backward", Kept::bits, true, Activation::hardtanh, 0, {0, 6}},
+    Operation{"hardtanh", "HardtanhBackward", Kept::bits, true, Activation::hardtanh, 2, {}, complete::in_order},
+    Operation{"threshold", "ThresholdBackward", Kept::bits, true, Activation::threshold, 2},
+    Operation{"leaky_relu", "LeakyReLUBackward", Kept::bits, true, Activation::leaky_relu, 1},
+    Operation{"elu", "ELUBackward", Kept::input, true, Activation::elu, 1, {0, 1, 1}},
+    Operation{"celu", "CELUBackward", Kept::input, true, Activation::elu, 1, {0, 1, 0}, complete::inverse},
+    Operation{"selu", "SELUBackward", Kept::input, true, Activation::elu, 0, {selu_alpha, selu_scale, 1}},
+    Operation{"relu_squared", "ReLUSquaredBackward", Kept::output, false, Activation::relu_squared},
     Operation{
-        Activation::elu, Kept::input, true, 0, {selu_alpha, selu_scale, 1}, complete::nothing, "selu", "SELUBackward"},
-    Operation{
-        Activation::relu_squared, Kept::output, false, 0, {}, complete::nothing, "relu_squared", "ReLUSquaredBackward"},
+        "prelu", "PReLUBackward", Kept::input, false, Activation::leaky_relu, 0, {}, nullptr, Form::channels, true},
+    Operation{"reglu", "ReGLUBackward", Kept::input, false, Activation::relu, 0, {}, nullptr, Form::gated},
 };
 
 // In place the input is gone; in float16 the squares of numbers below 2^-12 have lost digits.
@@ -54,6 +60,14 @@ inline Kept kept_by(const Operation& operation, Dtype dtype, bool inplace) {
   if (inplace) return Kept::output;
   return dtype == Dtype::float16 ? Kept::input : operation.kept;
 }
+
+inline constexpr const Operation* operation_of(Activation activation, Form form) {
+  for (const Operation& operation : operations)
+    if (operation.activation == activation && operation.form == form) return &operation;
+  return nullptr;
+}
+
+inline constexpr int tensors_of(Form form) { return form == Form::elementwise ? 1 : 2; }
 
 // An operation with the scalars of one call.
 struct Bound {
@@ -65,7 +79,8 @@ struct Bound {
 inline std::optional<Bound> bind(const Operation& operation, const double* given) {
   Bound bound{&operation, operation.scalars};
   std::copy_n(given, operation.arguments, bound.scalars.begin());
-  return operation.complete(bound.scalars) ? std::optional(bound) : std::nullopt;
+  if (operation.complete && !operation.complete(bound.scalars)) return std::nullopt;
+  return bound;
 }
 
 // ATen refuses scalars that become infinite in the type that it computes in, or in that of the elements.

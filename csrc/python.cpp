@@ -1,5 +1,5 @@
-// What Python sees: for every row of the table NAME(input, scalars..., inplace) and NAME_(input, scalars...), which
-// return NotImplemented where the operation's ATen line must run instead; and the facts of this build.
+// What Python sees: for every row of the table NAME(tensors..., scalars..., inplace) and NAME_(input, scalars...),
+// which return NotImplemented where the operation's ATen line must run instead; and the facts of this build.
 //
 // The entries use the C API: every call of a layer goes through them, and pybind11 would add to its time.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -74,35 +74,52 @@ std::optional<Bound> bind(const Operation& operation, PyObject* const* scalars) 
   return relu_ext::bind(operation, given.data());
 }
 
-// Both give nullptr where the operation's ATen line must run.
-PyObject* call(const Bound& bound, PyObject* input) {
-  const at::Tensor& tensor = THPVariable_Unpack(input);
-  auto output = without_gil(tensor, [&] { return apply(bound, tensor); });
+std::optional<at::Tensor> apply(const Bound& bound, const at::Tensor& first, const at::Tensor& second) {
+  return bound.operation->form == Form::gated ? apply_reglu(bound, first, second) : apply_prelu(bound, first, second);
+}
+
+// Both give nullptr where the operation's ATen line must run. args: the tensors and the scalars.
+template <size_t row>
+PyObject* call(PyObject* const* args) {
+  constexpr const Operation& operation = operations[row];
+  constexpr int tensors = tensors_of(operation.form);
+  for (int i = 0; i < tensors; ++i)
+    if (!THPVariable_CheckExact(args[i])) return nullptr;
+  if (!function_modes_allow()) return nullptr;
+  const auto bound = bind(operation, args + tensors);
+  if (!bound) return nullptr;
+  const at::Tensor& input = THPVariable_Unpack(args[0]);
+  auto output = without_gil(input, [&] {
+    if constexpr (tensors == 1)
+      return apply(*bound, input);
+    else
+      return apply(*bound, input, THPVariable_Unpack(args[1]));
+  });
   return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
 }
-PyObject* call_(const Bound& bound, PyObject* input) {
-  const at::Tensor& tensor = THPVariable_Unpack(input);
-  return without_gil(tensor, [&] { return apply_(bound, tensor); }) ? Py_NewRef(input) : nullptr;
-}
-
-PyObject* call(const Operation& operation, PyObject* const* args, bool inplace) {
+template <size_t row>
+PyObject* call_(PyObject* const* args) {
   if (!THPVariable_CheckExact(args[0]) || !function_modes_allow()) return nullptr;
-  const auto bound = bind(operation, args + 1);
+  const auto bound = bind(operations[row], args + 1);
   if (!bound) return nullptr;
-  return inplace ? call_(*bound, args[0]) : call(*bound, args[0]);
+  const at::Tensor& input = THPVariable_Unpack(args[0]);
+  return without_gil(input, [&] { return apply_(*bound, input); }) ? Py_NewRef(args[0]) : nullptr;
 }
 
-// NAME(input, scalars..., inplace), without inplace where there is no such form. An inplace that is no bool (a symbol
-// of torch.fx, say) is left to the ATen line.
+// NAME(tensors..., scalars..., inplace), without inplace where there is no such form. An inplace that is no bool (a
+// symbol of torch.fx, say) is left to the ATen line.
 template <size_t row>
 PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr const Operation& operation = operations[row];
-  if (count == operation.arguments + 1 + operation.in_place) {
-    const bool understood = !operation.in_place || PyBool_Check(args[count - 1]);
-    const bool inplace = operation.in_place && args[count - 1] == Py_True;
-    if (PyObject* output = understood ? call(operation, args, inplace) : nullptr) return output;
+  PyObject* output = nullptr;
+  if (count == tensors_of(operation.form) + operation.arguments + operation.in_place) {
+    if (!operation.in_place || args[count - 1] == Py_False)
+      output = call<row>(args);
+    else if (args[count - 1] == Py_True)
+      output = call_<row>(args);
   }
+  if (output) return output;
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }
@@ -111,9 +128,8 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
 template <size_t row>
 PyObject* entry_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  constexpr const Operation& operation = operations[row];
-  if (count == operation.arguments + 1)
-    if (PyObject* output = call(operation, args, /*inplace=*/true)) return output;
+  if (count == operations[row].arguments + 1)
+    if (PyObject* output = call_<row>(args)) return output;
   Py_RETURN_NOTIMPLEMENTED;
   END_HANDLE_TH_ERRORS
 }

@@ -225,3 +225,35 @@ def relu_squared(input: Tensor) -> Tensor:
     whose squares underflow, keeps the input.
     """
     return (r := torch.relu(input)) * r
+
+
+@_kernel(_C.prelu)
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """``input`` where it is above 0, else ``weight * input``; a drop-in for :func:`torch.nn.functional.prelu`.
+
+    Args:
+        input: as in :func:`relu`; its channels are dimension 1.
+        weight: one value, or one for each channel; of the input's dtype.
+
+    Gradient (arXiv:1502.01852): of the input, ``grad`` where it is above 0, else ``weight * grad``; of the weight, the
+    sum over a channel of ``input * grad`` where the input is not above 0: in float32 and float64, always in the same
+    order. The input is kept, or one bit an element where the weight needs no gradient.
+
+    Raises:
+        What ``torch.nn.functional.prelu`` raises, for instance for a weight of another size or dtype.
+    """
+    return F.prelu(input, weight)
+
+
+@_kernel(_C.reglu)
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``max(gate, 0) * up``, the gated linear unit with a ReLU (arXiv:2002.05202).
+
+    Args:
+        gate, up: of one shape and dtype, otherwise as torch broadcasts and promotes them. The kernels take dense
+            tensors with equal strides, and the halves of a projection, ``projection.chunk(2, -1)``, without a copy.
+
+    Gradient: of gate, ``grad * up`` where ``not (gate <= 0)``, else 0; of up, ``grad * max(gate, 0)``. Both inputs are
+    kept, up only if gate needs a gradient. The gradients of halves of one tensor are halves of one tensor.
+    """
+    return torch.relu(gate) * up

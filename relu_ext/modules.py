@@ -7,7 +7,7 @@ state_dict are the same.
 import torch
 from torch import Tensor
 
-from .functional import celu, elu, hardtanh, leaky_relu, relu, relu_squared, selu, threshold
+from .functional import celu, elu, hardtanh, leaky_relu, prelu, reglu, relu, relu_squared, selu, threshold
 
 
 class ReLU(torch.nn.ReLU):
@@ -66,8 +66,35 @@ class SELU(torch.nn.SELU):
         return selu(input, self.inplace)
 
 
+class PReLU(torch.nn.PReLU):
+    """A drop-in for :class:`torch.nn.PReLU`; see :func:`relu_ext.prelu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return prelu(input, self.weight)
+
+
 class ReLUSquared(torch.nn.Module):
     """``max(input, 0) ** 2`` as a layer; see :func:`relu_ext.relu_squared`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return relu_squared(input)
+
+
+class ReGLU(torch.nn.Module):
+    """The first half of ``input`` along ``dim``, rectified, times the second; see :func:`relu_ext.reglu`.
+
+    Arguments as :class:`torch.nn.GLU`. The size along ``dim`` must be even: ValueError.
+    """
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[self.dim] % 2:
+            raise ValueError(f"ReGLU halves dimension {self.dim}, but the input's shape is {tuple(input.shape)}")
+        gate, up = input.chunk(2, self.dim)
+        return reglu(gate, up)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"

@@ -15,21 +15,24 @@ import relu_ext
 class Operation:
     """One operation of relu_ext with the scalars of its calls, and what defines it.
 
-    ``keep`` gives the bit of every element as a bool tensor: the gradient passes where it is True. Elsewhere it is
-    multiplied by ``slope``; None stands for a gradient of 0, whatever arrives.
+    Of those that keep bits ``keep`` gives the bit of every element as a bool tensor: the gradient passes where it is
+    True. Elsewhere it is multiplied by ``slope``; None stands for a gradient of 0, whatever arrives. The others have a
+    ``derivative``.
     """
 
     name: str
     function: Callable  # (input) -> output, relu_ext's
-    function_: Callable  # the same in place
     definition: Callable  # (input) -> output, torch's
-    definition_: Callable  # the same in place
-    module: Callable  # relu_ext's, takes inplace=
+    module: Callable  # relu_ext's, takes inplace= where there is such a form
     torch_module: Callable
-    keep: Callable
+    function_: Callable | None = None  # in place
+    definition_: Callable | None = None
+    keep: Callable | None = None
+    derivative: Callable | None = None  # (input) -> slope, in the type of input
     scalars: tuple = ()  # what the functions have been given, or their defaults; the operators have no defaults
     slope: float | None = None
     gradient_at_nan: bool = True  # False where torch has two answers
+    ulps: int = 0  # units in the last place between relu_ext's numbers and torch's
 
     def __str__(self):
         defaults = isinstance(self.module, type)
@@ -38,7 +41,7 @@ class Operation:
     @property
     def torch_has_gradient_in_place(self):
         """It refuses that of leaky_relu with a negative slope."""
-        return self.slope is None or self.slope >= 0
+        return self.keep is None or self.slope is None or self.slope >= 0
 
     def differentiable_(self, input):
         """``definition_``, whose gradient exists for every slope."""
@@ -63,6 +66,14 @@ class Operation:
 
     def backward(self, grad, bits, stride):
         return getattr(torch.ops.relu_ext, self.name + "_backward")(grad, bits, stride, self.scalars)
+
+    def kept(self, dtype, in_place=False):
+        """What backward needs beside the gradient: "bits", "input" or "output"."""
+        if self.keep:
+            return "bits"
+        if in_place:
+            return "output"
+        return "output" if self.name == "relu_squared" and dtype != torch.float16 else "input"
 
 
 def wide(tensor):
@@ -136,6 +147,51 @@ def leaky_relu_row(slope):
     )
 
 
+def exponential(alpha, scale=1.0, input_scale=1.0):
+    """The derivative of elu."""
+
+    def derivative(input):
+        below = scale * alpha * input_scale * torch.exp(input * input_scale)
+        return torch.where(input <= 0, below, torch.full_like(input, scale))
+
+    return derivative
+
+
+def elu_row(alpha=1.0):
+    return Operation(
+        name="elu",
+        function=bound(relu_ext.elu, alpha) if alpha != 1 else relu_ext.elu,
+        function_=bound_(relu_ext.elu_, alpha),
+        definition=bound(F.elu, alpha),
+        definition_=bound_(F.elu_, alpha),
+        module=functools.partial(relu_ext.ELU, alpha) if alpha != 1 else relu_ext.ELU,
+        torch_module=functools.partial(torch.nn.ELU, alpha) if alpha != 1 else torch.nn.ELU,
+        derivative=exponential(alpha),
+        scalars=(alpha,),
+        ulps=8,
+    )
+
+
+def celu_row(alpha):
+    return Operation(
+        name="celu",
+        function=bound(relu_ext.celu, alpha),
+        function_=bound_(relu_ext.celu_, alpha),
+        definition=bound(F.celu, alpha),
+        definition_=bound_(torch.celu_, alpha),
+        module=functools.partial(relu_ext.CELU, alpha),
+        torch_module=functools.partial(torch.nn.CELU, alpha),
+        derivative=exponential(alpha, 1, 1 / alpha),
+        scalars=(alpha,),
+        ulps=8,
+    )
+
+
+class DefinedReLUSquared(torch.nn.Module):
+    def forward(self, input):
+        return (r := torch.relu(input)) * r
+
+
 RELU = Operation(
     name="relu",
     function=relu_ext.relu,
@@ -182,10 +238,32 @@ LEAKY_RELU = Operation(
     slope=0.01,
 )
 
+ELU = elu_row()
+SELU = Operation(
+    name="selu",
+    function=relu_ext.selu,
+    function_=relu_ext.selu_,
+    definition=F.selu,
+    definition_=torch.selu_,
+    module=relu_ext.SELU,
+    torch_module=torch.nn.SELU,
+    derivative=exponential(1.6732632423543772848170429916717, 1.0507009873554804934193349852946),
+    ulps=8,
+)
+RELU_SQUARED = Operation(
+    name="relu_squared",
+    function=relu_ext.relu_squared,
+    definition=lambda input: (r := torch.relu(input)) * r,
+    module=relu_ext.ReLUSquared,
+    torch_module=DefinedReLUSquared,
+    derivative=lambda input: 2 * torch.relu(input),
+)
+
 # Functions and modules as they are, without scalars that are bound to them.
-WITH_DEFAULTS = [RELU, RELU6, HARDTANH, LEAKY_RELU]
-# One each with no scalars, with scalars, and one that computes: for what asks more of PyTorch than of the operation.
-REPRESENTATIVE = [RELU, HARDTANH, LEAKY_RELU]
+WITH_DEFAULTS = [RELU, RELU6, HARDTANH, LEAKY_RELU, ELU, SELU, RELU_SQUARED]
+# For what asks more of PyTorch than of the operation. They keep bits, without scalars, with them, and one that computes;
+# their output; their input.
+REPRESENTATIVE = [RELU, HARDTANH, LEAKY_RELU, RELU_SQUARED, ELU]
 OPERATIONS = [
     *WITH_DEFAULTS,
     hardtanh_row(-0.3, 0.7),  # neither is a number of 16 bits
@@ -193,6 +271,9 @@ OPERATIONS = [
     threshold_row(0.3, -0.7),
     leaky_relu_row(-0.3),
     leaky_relu_row(1.5),
+    elu_row(1.7),
+    elu_row(-0.3),
+    celu_row(0.6),
 ]
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <functional>
+#include <vector>
 
 #ifndef _OPENMP
 #error "at::parallel_for is inline: without -fopenmp it silently runs on one thread"
@@ -39,8 +41,35 @@ void parallel(const Work& work, int64_t numel) {
                    [&](int64_t begin, int64_t end) { run(work, begin * alignment, std::min(end * alignment, numel)); });
 }
 
+// The slopes' gradients are summed in parts that depend on the shape alone, of which there are no more than this.
+constexpr int64_t most_parts = 64;
+
+void prelu_backward(const PreluBackward& work, int64_t numel) {
+  const int64_t channels = work.channels.channels;
+  const int64_t smallest = std::max({grain, 8 * channels, numel / most_parts});
+  const int64_t part = (smallest / alignment + 1) * alignment;
+  const int64_t parts = std::max<int64_t>((numel + part - 1) / part, 1);
+  std::vector<double> sums(work.grad_weight ? size_t(parts * channels) : 0);
+  const auto of = [&](int64_t i) { return work.grad_weight ? sums.data() + i * channels : nullptr; };
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) cpu::prelu_backward(work, of(i), i * part, std::min((i + 1) * part, numel));
+  });
+  if (!work.grad_weight) return;
+  for (int64_t step = 1; step < parts; step *= 2)
+    for (int64_t i = 0; i + step < parts; i += 2 * step)
+      std::transform(of(i), of(i) + channels, of(i + step), of(i), std::plus<>());
+  round_sums(work, of(0));
+}
+
 }  // namespace
 
-const Backend backend{empty, empty_strided, parallel<Forward, forward>, parallel<Backward, backward>};
+const Backend backend{empty,
+                      empty_strided,
+                      parallel<Forward, forward>,
+                      parallel<Backward, backward>,
+                      parallel<Gated, gated>,
+                      parallel<GatedBackward, gated_backward>,
+                      parallel<Prelu, prelu>,
+                      prelu_backward};
 
 }  // namespace relu_ext::cpu

@@ -54,10 +54,24 @@ RELU_EXT_INLINE uint64_t pack(const uint8_t* bytes) {
   return bits;
 }
 
+// The activation of element i: the same for all, or one that is given for each.
+template <class Activation>
+RELU_EXT_INLINE const Activation& at(const Activation& act, int64_t) {
+  return act;
+}
+template <class T>
+struct Slopes {
+  const Arithmetic<T>* slope;
+};
+template <class T>
+RELU_EXT_INLINE LeakyRelu<T, Device::cpu> at(Slopes<T> slopes, int64_t i) {
+  return LeakyRelu<T, Device::cpu>(slopes.slope[i]);
+}
+
 template <class T, class Activation>
 RELU_EXT_INLINE void forward_loop(Activation act, const T* input, T* output, int64_t begin, int64_t end) {
   RELU_EXT_LANES
-  for (int64_t i = begin; i < end; ++i) output[i] = output_of(act, input[i]);
+  for (int64_t i = begin; i < end; ++i) output[i] = output_of(at(act, i), input[i]);
 }
 
 template <class T, class Activation>
@@ -71,8 +85,8 @@ RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const T x = input[i + j];
-        const bool keep = act.keep(x);
-        output[i + j] = act.forward(x, keep);
+        const bool keep = at(act, i + j).keep(x);
+        output[i + j] = at(act, i + j).forward(x, keep);
         bytes[j] = uint8_t(-int(keep));
       }
       kept = pack(bytes);
@@ -81,8 +95,8 @@ RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const T x = input[i + j];
-        const bool keep = act.keep(x);
-        output[i + j] = act.forward(x, keep);
+        const bool keep = at(act, i + j).keep(x);
+        output[i + j] = at(act, i + j).forward(x, keep);
         lanes |= keep ? single<Word<T>>.bit[j] : Word<T>(0);
       }
       kept = lanes;
@@ -98,7 +112,8 @@ RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const uint8_t*
     Word<T> kept = 0;
     std::memcpy(&kept, bits + i / 8, (count + 7) / 8);
     RELU_EXT_LANES
-    for (int j = 0; j < count; ++j) output[i + j] = act.backward(grad[i + j], (kept & single<Word<T>>.bit[j]) != 0);
+    for (int j = 0; j < count; ++j)
+      output[i + j] = at(act, i + j).backward(grad[i + j], (kept & single<Word<T>>.bit[j]) != 0);
   });
 }
 

@@ -1,5 +1,5 @@
-// float16 in operations that compute: a chunk at a time becomes float in the first-level cache, goes through the loops
-// as such, and is rounded back. Compilers do not use the instructions for it by themselves.
+// Work in chunks that stay in the first-level cache. float16 in operations that compute becomes float for a chunk, goes
+// through the loops as such, and is rounded back: compilers do not use the instructions for it by themselves.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -65,6 +65,16 @@ void in_chunks(const Inputs& inputs, half* output, int64_t begin, int64_t end, L
     loop(wide, result, i, count);
     narrow_chunk(result, whole ? output + i : part);
     if (!whole) std::memcpy(output + i, part, size_t(count) * sizeof(half));
+  }
+}
+
+// The same for every type: those but half are not copied.
+template <class Inputs, class T, class Loop>
+void in_chunks(const Inputs& inputs, T* output, int64_t begin, int64_t end, Loop loop) {
+  for (int64_t i = begin; i < end; i += chunk) {
+    Inputs here = inputs;
+    for (auto& input : here) input += i;
+    loop(here, output + i, i, int(std::min<int64_t>(chunk, end - i)));
   }
 }
 

@@ -1,0 +1,124 @@
+// prelu: a vector of slopes beside the input.
+#include <ATen/ops/_prelu_kernel_backward.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/prelu.h>
+#include <ATen/ops/where.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include "autograd.h"
+#include "backend.h"
+#include "calls.h"
+#include "gate.h"
+#include "launch.h"
+#include "node.h"
+
+namespace relu_ext {
+namespace {
+
+using at::Tensor;
+
+// nullopt where ATen must see them.
+std::optional<Channels> channels_of(const Tensor& input, const Tensor& weight) {
+  if (!input.is_non_overlapping_and_dense() || !weight.is_contiguous() || weight.dim() > 1) return std::nullopt;
+  const int64_t number = weight.numel();
+  if (number == 1) return Channels{1, std::max<int64_t>(input.numel(), 1)};
+  if (input.dim() < 2 || input.size(1) != number) return std::nullopt;
+  return Channels{number, std::max<int64_t>(input.stride(1), 1)};
+}
+
+// As ATen sees it beside an input of these many dimensions.
+Tensor broadcastable(const Tensor& weight, int64_t dims) {
+  c10::SymDimVector sizes(size_t(dims), 1);
+  if (dims >= 2) sizes[1] = weight.sym_numel();
+  return weight.reshape_symint(sizes);
+}
+
+Outputs forward(const Channels& channels, const Tensor& input, const Tensor& weight, bool with_bits) {
+  const launch::OnDevice device(input);
+  Tensor output = launch::allocate_like(input), bits;
+  if (with_bits) bits = launch::allocate_bits(input);
+  backend_of(input).prelu({*dtype_of(input), channels, input.const_data_ptr(), weight.const_data_ptr(),
+                           output.mutable_data_ptr(), with_bits ? bits.mutable_data_ptr<uint8_t>() : nullptr},
+                          input.numel());
+  return {std::move(output), std::move(bits)};
+}
+
+// kept: the input or the bits.
+variable_list backward(const Keeping& keeping, const Channels& channels, const Tensor& grad, const Tensor& kept,
+                       const Tensor& weight, const Needs& needs) {
+  const launch::OnDevice device(grad);
+  const bool from_bits = keeping.kept == Kept::bits;
+  const Tensor laid_out = launch::in_layout(grad, C10_AS_INTARRAYREF_SLOW(keeping.stride));
+  variable_list gradients(2);
+  if (needs[0]) gradients[0] = backend_of(grad).empty_strided(grad.sizes(), laid_out.strides(), grad.scalar_type());
+  if (needs[1])
+    gradients[1] = backend_of(grad).empty(weight.sizes(), weight.scalar_type(), at::MemoryFormat::Contiguous);
+  backend_of(grad).prelu_backward(
+      {*dtype_of(grad), channels, laid_out.const_data_ptr(), from_bits ? nullptr : kept.const_data_ptr(),
+       from_bits ? kept.const_data_ptr<uint8_t>() : nullptr, weight.const_data_ptr(),
+       needs[0] ? gradients[0].mutable_data_ptr() : nullptr, needs[1] ? gradients[1].mutable_data_ptr() : nullptr},
+      grad.numel());
+  return gradients;
+}
+
+// The same as ATen calls.
+variable_list definition(const Keeping& keeping, const Tensor& grad, const Tensor& kept, const Tensor& weight,
+                         const Needs& needs) {
+  const Tensor slopes = broadcastable(weight, grad.dim());
+  if (keeping.kept == Kept::bits)
+    return {at::where(kept_by_bits(kept, grad.sym_sizes(), keeping.stride), grad, slopes.mul(grad)), Tensor()};
+  auto [grad_input, products] = at::_prelu_kernel_backward(grad, kept, slopes);
+  if (!needs[1]) return {grad_input, Tensor()};
+  return {grad_input, products.sum_to_size_symint(slopes.sym_sizes()).reshape_symint(weight.sym_sizes())};
+}
+
+variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
+  const Tensor &kept = saved[0], &weight = saved[1];
+  const auto keys = effective_keys(grad), kept_keys = effective_keys(kept), weight_keys = effective_keys(weight);
+  const bool alike = kept_keys - keys::ours == keys - keys::ours && weight_keys - keys::ours == keys - keys::ours;
+  const bool history =
+      records_history(grad, keys) || records_history(kept, kept_keys) || records_history(weight, weight_keys);
+  if (road(grad, keys) != Road::kernel || !alike || history) return definition(keeping, grad, kept, weight, needs);
+  const auto stride = C10_AS_INTARRAYREF_SLOW(keeping.stride);
+  const Channels channels{weight.numel(),
+                          weight.numel() == 1 ? std::max<int64_t>(grad.numel(), 1) : std::max<int64_t>(stride[1], 1)};
+  return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &kept, &weight}, false,
+                  [&] { return backward(keeping, channels, grad, kept, weight, needs); });
+}
+
+// The bits alone: those of leaky_relu, whatever its slope.
+Tensor bits_under_modes(const Tensor& input) {
+  constexpr const Operation* leaky_relu = operation_of(Activation::leaky_relu, Form::elementwise);
+  return std::get<1>(call_forward({leaky_relu, {}}, input));
+}
+
+}  // namespace
+
+std::optional<Tensor> apply_prelu(const Bound& bound, const Tensor& input, const Tensor& weight) {
+  const Road taken = road(*bound.operation, input, weight);
+  if (taken == Road::definition) return std::nullopt;
+  const auto channels = channels_of(input, weight);
+  if (!channels) return std::nullopt;
+  const bool for_weight = records_history(weight, effective_keys(weight));
+  const bool history = for_weight || records_history(input, effective_keys(input));
+  if (taken == Road::operators && !history) return std::nullopt;
+  const bool with_bits = history && !for_weight;
+  const auto run = [&] {
+    auto [output, bits] =
+        taken == Road::kernel ? forward(*channels, input, weight, with_bits) : below_autograd([&]() -> Outputs {
+          return {at::prelu(input, weight), with_bits ? bits_under_modes(input) : Tensor()};
+        });
+    if (!history) return output;
+    const auto stride = output.sym_strides();
+    const auto [node, raw] =
+        make_node(gradients, {bound, with_bits ? Kept::bits : Kept::input, {stride.begin(), stride.end()}},
+                  {torch::autograd::impl::gradient_edge(input), torch::autograd::impl::gradient_edge(weight)});
+    torch::autograd::set_history(output, node);
+    raw->save(with_bits ? bits : input);
+    raw->save(weight);
+    return output;
+  };
+  return taken == Road::kernel ? recorded(bound, &Registered::recorded, {&input, &weight}, history, run) : run();
+}
+
+}  // namespace relu_ext

@@ -1,0 +1,151 @@
+// reglu: two inputs alike, which may be the halves of one projection.
+#include <ATen/ops/mul.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/threshold_backward.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include "autograd.h"
+#include "backend.h"
+#include "calls.h"
+#include "gate.h"
+#include "launch.h"
+#include "node.h"
+
+namespace relu_ext {
+namespace {
+
+using at::Tensor;
+
+// How a tensor lies in memory: rows of `columns` elements, `stride` apart.
+struct Layout {
+  int64_t columns, stride;
+};
+
+// The rows of a tensor whose last dimension is dense, if one stride leads from each to the next.
+std::optional<Layout> rows_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  if (tensor.dim() == 0 || tensor.numel() == 0) return Layout{1, 1};
+  const int64_t columns = sizes.back();
+  if (columns > 1 && strides.back() != 1) return std::nullopt;
+  int64_t stride = columns, expected = 0;
+  for (int64_t d = tensor.dim() - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (strides[d] == 0 || (expected && strides[d] != expected)) return std::nullopt;
+    if (!expected) stride = strides[d];
+    expected = strides[d] * sizes[d];
+  }
+  return Layout{columns, stride};
+}
+
+bool are_one_row(const Tensor& a, const Tensor& b) {
+  return a.is_non_overlapping_and_dense() && launch::same_layout(a.sizes(), a.strides(), b.strides());
+}
+
+bool fit(const Tensor& gate, const Tensor& up) {
+  return gate.sizes() == up.sizes() && (are_one_row(gate, up) || (rows_of(gate) && rows_of(up)));
+}
+
+template <class Pointer>
+Rows<Pointer> rows(Pointer data, const Tensor& tensor, bool one_row) {
+  return {data, one_row ? tensor.numel() : rows_of(tensor)->stride};
+}
+Rows<const void*> read(const Tensor& tensor, bool one_row) { return rows(tensor.const_data_ptr(), tensor, one_row); }
+Rows<void*> written(const Tensor& tensor, bool one_row) {
+  return tensor.defined() ? rows(tensor.mutable_data_ptr(), tensor, one_row) : Rows<void*>{};
+}
+int64_t columns_of(const Tensor& tensor, bool one_row) {
+  return one_row ? std::max<int64_t>(tensor.numel(), 1) : rows_of(tensor)->columns;
+}
+
+Tensor forward(const Tensor& gate, const Tensor& up) {
+  const launch::OnDevice device(gate);
+  const bool one_row = are_one_row(gate, up);
+  const Tensor output = one_row
+                            ? launch::allocate_like(gate)
+                            : backend_of(gate).empty(gate.sizes(), gate.scalar_type(), at::MemoryFormat::Contiguous);
+  backend_of(gate).gated(
+      {*dtype_of(gate), columns_of(gate, one_row), read(gate, one_row), read(up, one_row), written(output, one_row)},
+      gate.numel());
+  return output;
+}
+
+// Are they the halves that chunk(2, -1) makes of a tensor?
+bool are_halves(const Tensor& gate, const Tensor& up) {
+  const auto layout = rows_of(gate);
+  return gate.dim() > 0 && layout && layout->stride == 2 * gate.size(-1) && gate.numel() > gate.size(-1) &&
+         gate.strides() == up.strides() && gate.is_alias_of(up) &&
+         up.storage_offset() == gate.storage_offset() + gate.size(-1);
+}
+
+variable_list backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Needs& needs) {
+  const launch::OnDevice device(grad);
+  const Backend& backend = backend_of(grad);
+  const bool has_up = up.defined(), one_row = are_one_row(gate, has_up ? up : gate);
+  const Tensor laid_out =
+      one_row ? launch::in_layout(grad, gate.strides()) : below_autograd([&] { return grad.contiguous(); });
+  variable_list gradients(2);
+  if (needs[0] && needs[1] && are_halves(gate, up)) {
+    c10::SmallVector<int64_t, 5> sizes(grad.sizes());
+    sizes.back() *= 2;
+    const Tensor both = backend.empty(sizes, grad.scalar_type(), at::MemoryFormat::Contiguous);
+    gradients = below_autograd([&] { return both.chunk(2, -1); });
+  } else {
+    const auto stride = laid_out.strides();
+    for (size_t i = 0; i < 2; ++i)
+      if (needs[i]) gradients[i] = backend.empty_strided(grad.sizes(), stride, grad.scalar_type());
+  }
+  backend.gated_backward({*dtype_of(grad), columns_of(gate, one_row), read(laid_out, one_row), read(gate, one_row),
+                          has_up ? read(up, one_row) : Rows<const void*>{}, written(gradients[0], one_row),
+                          written(gradients[1], one_row)},
+                         grad.numel());
+  return gradients;
+}
+
+// The same as ATen calls.
+variable_list definition(const Tensor& grad, const Tensor& gate, const Tensor& up, const Needs& needs) {
+  variable_list gradients(2);
+  if (needs[0]) gradients[0] = at::threshold_backward(grad.mul(up), gate, 0);
+  if (needs[1]) gradients[1] = grad.mul(gate.relu());
+  return gradients;
+}
+
+// saved: gate, and up where gate needed a gradient.
+variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
+  const Tensor& gate = saved[0];
+  const Tensor up = saved.size() > 1 ? saved[1] : Tensor();
+  const auto keys = effective_keys(grad);
+  const auto differs = [&](const Tensor& tensor) {
+    const auto own = effective_keys(tensor);
+    return own - keys::ours != keys - keys::ours || records_history(tensor, own);
+  };
+  if (road(grad, keys) != Road::kernel || records_history(grad, keys) || differs(gate) ||
+      (up.defined() && (differs(up) || !fit(gate, up))))
+    return definition(grad, gate, up, needs);
+  return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &gate}, false,
+                  [&] { return backward(grad, gate, up, needs); });
+}
+
+}  // namespace
+
+std::optional<Tensor> apply_reglu(const Bound& bound, const Tensor& gate, const Tensor& up) {
+  const Road taken = road(*bound.operation, gate, up);
+  if (taken == Road::definition || !fit(gate, up)) return std::nullopt;
+  const bool for_gate = records_history(gate, effective_keys(gate));
+  const bool history = for_gate || records_history(up, effective_keys(up));
+  if (taken == Road::operators && !history) return std::nullopt;
+  const auto run = [&] {
+    const Tensor output =
+        taken == Road::kernel ? forward(gate, up) : below_autograd([&] { return at::relu(gate).mul(up); });
+    if (!history) return output;
+    const auto [node, raw] =
+        make_node(gradients, {bound, Kept::input, {}},
+                  {torch::autograd::impl::gradient_edge(gate), torch::autograd::impl::gradient_edge(up)});
+    torch::autograd::set_history(output, node);
+    raw->save(gate);
+    if (for_gate) raw->save(up);
+    return output;
+  };
+  return taken == Road::kernel ? recorded(bound, &Registered::recorded, {&gate, &up}, history, run) : run();
+}
+
+}  // namespace relu_ext
