@@ -28,8 +28,8 @@ except ImportError as error:
     ) from None
 
 ROOT = Path(__file__).parent
-# -fno-trapping-math lets g++ turn selections into vector blends, without a change to any result. Products that are added
-# are fused where the instruction set can (-ffp-contract=fast): elu takes 0.7 of the time and loses no accuracy. Never
+# -fno-trapping-math lets g++ turn selections into vector blends, without a change to any result. -ffp-contract=fast
+# fuses products with sums where the instruction set can: elu takes 0.7 of the time and loses no accuracy. Never
 # -ffast-math: NaN and infinities are part of the contract.
 # -falign-loops=64: these loops are a few instructions long, and one that crosses a cache line of code took up to twice
 # the time in the first-level cache (AVX2 on an EPYC 7003).

@@ -136,7 +136,7 @@ struct Elu {
   RELU_EXT_INLINE T backward(T grad, T value) const {
     const X g = widen(grad), x = widen(value);
     const X below = kept == Kept::input ? exp_nonpositive(x * input_scale) * negative : x + negative;
-    return narrow<T>(select(x <= 0, g * input_scale * below, g * positive));
+    return narrow<T>(select(x <= 0, g * (below * input_scale), g * positive));
   }
 };
 

@@ -86,9 +86,11 @@ Tensor definition(const Bound& bound, const Tensor& input) {
 // the input past the output, whose own derivative 2r would have to be divided by again.
 Tensor root_of(Kept kept, const Tensor& value, bool history) {
   if (kept == Kept::input) return at::relu(value);
-  if (!history) return at::sqrt(value);
+  // In double: of float32 at::sqrt is not always the nearest, where it is MKL's.
+  const auto square_root = [&](const Tensor& square) { return square.to(at::kDouble).sqrt().to(square.scalar_type()); };
+  if (!history) return square_root(value);
   const Bound relu{operation_of(Activation::relu, Form::elementwise), {}};
-  const Tensor root = below_autograd([&] { return value.detach().sqrt(); });
+  const Tensor root = below_autograd([&] { return square_root(value.detach()); });
   const Tensor bits = below_autograd([&] { return std::get<1>(call_forward(relu, root)); });
   const auto stride = root.sym_strides();
   const auto [node, raw] =
@@ -109,13 +111,15 @@ Tensor gradient_definition_from(const Bound& bound, Kept kept, const Tensor& gra
 
 // value: the input or the output, as a tensor with history.
 Tensor gradient_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value) {
+  TORCH_CHECK(value.sym_sizes() == grad.sym_sizes(), "relu_ext: a gradient of shape ", grad.sym_sizes(),
+              " for what was kept of shape ", value.sym_sizes());
   const auto keys = effective_keys(grad), value_keys = effective_keys(value);
   const bool history = records_history(value, value_keys);
   // From the output of a function that falls no gradient follows; ATen has an error for it.
   const bool is_torchs = bound.operation->activation == Activation::elu && kept == Kept::output && bound.scalars[0] < 0;
   if (road(grad, keys) != Road::kernel || value_keys - keys::ours != keys - keys::ours || history ||
       records_history(grad, keys) || is_torchs || grad.scalar_type() != value.scalar_type() ||
-      grad.sizes() != value.sizes() || !value.is_non_overlapping_and_dense())
+      !value.is_non_overlapping_and_dense())
     return gradient_definition_from(bound, kept, grad, value, history);
   return recorded(bound, &Registered::recorded_backward, {&grad, &value}, false,
                   [&] { return launch::backward_from(kept, bound, grad, value); });

@@ -84,4 +84,11 @@ FORMS = {
     "in place on a view": in_place_on_a_view,
     "between others": between_others,
 }
+
+
+def forms_of(operation):
+    """Those that the operation has."""
+    return [form for name, form in FORMS.items() if operation.in_place or not name.startswith("in place")]
+
+
 over_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

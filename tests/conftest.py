@@ -12,19 +12,42 @@ DEVICES = ["cpu"] + (["cuda"] if relu_ext.build_info()["cuda"] and torch.cuda.is
 
 
 def pytest_generate_tests(metafunc):
-    """Every row of the table, or those that the test or its file names."""
+    """Every row of the table, or those that the test or its file names, and of these those that the test can take."""
+    marks = {marker.name: marker for marker in metafunc.definition.iter_markers()}
     named = any(marker.args[0] == "operation" for marker in metafunc.definition.iter_markers("parametrize"))
     if "operation" in metafunc.fixturenames and not named:
-        metafunc.parametrize("operation", getattr(metafunc.module, "ROWS", OPERATIONS), ids=str)
+        rows = getattr(metafunc.module, "ROWS", OPERATIONS)
+        if "keeps_bits" in marks:
+            rows = [row for row in rows if row.keep]
+        if "in_place" in marks:
+            rows = [row for row in rows if row.in_place]
+        metafunc.parametrize("operation", rows, ids=str)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Forms in place are not for operations that have none."""
+
+    def exists(item):
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if not parameters or "operation" not in parameters or parameters["operation"].in_place:
+            return True
+        form = parameters.get("form")
+        name = form if isinstance(form, str) else getattr(form, "__name__", "")
+        return not name.startswith(("in place", "in_place")) and not parameters.get("inplace")
+
+    items[:] = [item for item in items if exists(item)]
 
 
 @pytest.fixture(autouse=True)
-def nan_where_torch_has_one_gradient(request, monkeypatch):
-    """hardtanh's at NaN differs between ATen's vector code and its scalar code. test_values.py compares the formula."""
+def numbers_and_tolerance_of_the_row(request, monkeypatch):
+    """Where ours and torch's may differ is not looked at, but in test_values.py, which has all numbers and formulas."""
     rows = getattr(request.node, "callspec", None) and request.node.callspec.params
-    if rows and "operation" in rows and not rows["operation"].gradient_at_nan:
-        values = operations.special_values
-        monkeypatch.setattr(operations, "special_values", lambda dtype: values(dtype)[[*range(6), *range(9, 15)]])
+    operation = rows and rows.get("operation")
+    if operation:
+        values, kinds = operations.special_values, operation.special
+        places = [*kinds, *(kind + len(operations.SPECIAL) for kind in kinds)]
+        monkeypatch.setattr(operations, "special_values", lambda dtype: values(dtype)[places])
+        monkeypatch.setattr(operations, "ULPS", operation.ulps)
 
 
 @pytest.fixture(params=DEVICES)

@@ -24,6 +24,7 @@ ROWS = REPRESENTATIVE
 # Saved-tensor hooks
 
 
+@pytest.mark.keeps_bits
 def test_hooks_see_the_bits_alone(operation, device):
     packed, unpacked = [], []
     with saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: unpacked.append(x) or x):
@@ -82,6 +83,7 @@ def test_hooks_disabled(operation, device):
     assert_all_same(results, output_and_gradient(operation.definition, numbers(5, 7, device=device)))
 
 
+@pytest.mark.keeps_bits
 def test_hooks_see_a_double_backward(operation, device):
     def run(function):
         kept = []
@@ -121,6 +123,7 @@ def output_and_backward(function, input, forward_mode=None, backward_mode=None):
     return output.detach(), input.grad
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpoint(operation, device, use_reentrant):
     def run(relu):
@@ -168,8 +171,11 @@ def test_checkpoint_with_a_mode_in_forward_or_backward_alone(operation, device, 
     assert_all_same(output_and_backward(run, input, mode(), mode()), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="function modes see F.relu, as with torch, and then it is torch's that keeps")
-def test_checkpoint_with_a_function_mode_in_forward_alone(operation, device):
+def test_checkpoint_with_a_function_mode_in_forward_alone(operation, device, request):
+    if operation.kept(torch.float32) != "input":  # elu keeps what torch's keeps
+        reason = "function modes see F.relu, as with torch, and then it is torch's that keeps"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
     def run(input):
         return checkpoint(block(operation.function), input, use_reentrant=False)
 
@@ -188,10 +194,11 @@ BACKWARDS = {
 }
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("name", BACKWARDS)
 def test_checkpoint_with_a_transformed_backward(operation, device, name, request):
     """Its forward ran in eager: what was kept then must be what is computed anew, on plain tensors."""
-    if name in ("jvp", "traced"):
+    if name in ("jvp", "traced") and operation.kept(torch.float32) != "input":  # elu keeps what ATen keeps
         reason = "in there every intermediate looks like one that is differentiated or traced, which takes ATen"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
@@ -246,6 +253,7 @@ def test_selective_checkpoint(operation, device, policy):
     assert_all_same(selectively(policy, operation.function, input, counter), expected)
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("policy", EAGER_POLICIES)
 def test_selective_checkpoint_in_place(operation, device, policy):
     """An error where it saved what was then overwritten."""
@@ -259,6 +267,7 @@ def test_selective_checkpoint_in_place(operation, device, policy):
         assert_all_same(ours(), theirs())
 
 
+@pytest.mark.keeps_bits
 def test_selective_checkpoint_by_operator(operation, device):
     """The registered operator can be named; then forward runs it once and backward does not."""
     forward = getattr(torch.ops.relu_ext, operation.name + "_forward").default
@@ -279,6 +288,7 @@ def test_selective_checkpoint_by_operator(operation, device):
         assert count == calls
 
 
+@pytest.mark.in_place
 def test_checkpoint_of_modules(operation, device):
     def run(module, segments):
         torch.manual_seed(0)

@@ -67,6 +67,7 @@ def test_compile_training(operation, device, form):
     assert [len(stage) for stage in ours.graphs] == [1, 1, 1]
 
 
+@pytest.mark.in_place
 def test_compile_the_function_in_place_itself(operation, device):
     ours, theirs = numbers(5, 7, device=device), numbers(5, 7, device=device)
     compiled = Compiled(operation.function_)
@@ -262,6 +263,7 @@ def test_compiled_autograd_with_hooks(operation, device):
     assert_same(result, gradient(function(operation.definition), input))
 
 
+@pytest.mark.keeps_bits
 def test_compiled_autograd_with_saved_tensor_hooks(operation, device):
     """What a hook packed is unpacked in the compiled backward: here the complement of the bits."""
     input = torch.tensor([0.5, -1, 0.6], device=device, requires_grad=True)

@@ -45,6 +45,7 @@ def test_torch_function_subclass(operation, device, form):
     assert_all_same(ours, theirs)
 
 
+@pytest.mark.in_place
 def test_subclass_without_torch_function(operation, device):
     class Bare(torch.Tensor):
         __torch_function__ = torch._C._disabled_torch_function_impl
@@ -65,6 +66,7 @@ def test_subclass_without_torch_function(operation, device):
     assert_same(ours, operation.definition_(theirs))
 
 
+@pytest.mark.in_place
 def test_duck_type(operation):
     class Duck:
         @classmethod
@@ -322,6 +324,7 @@ def test_quantized(operation, dtype):
             assert described(ours, build(input, *arguments)) == described(theirs, build(input, *arguments))
 
 
+@pytest.mark.in_place
 def test_tensors_with_a_sign_to_be_applied(operation, device):
     """The imaginary part of a conjugate is a real view whose numbers are yet to be negated."""
 
@@ -334,12 +337,14 @@ def test_tensors_with_a_sign_to_be_applied(operation, device):
     assert_all_same(*(output_and_gradient(f, view()) for f in (operation.function, operation.definition)))
 
 
+@pytest.mark.in_place
 def test_zero_tensor(operation):
     zeros = torch._efficientzerotensor(5, 7)
     assert described(operation.function, zeros) == described(operation.definition, zeros)
     assert error_of(operation.function_, zeros) == error_of(operation.definition_, zeros)
 
 
+@pytest.mark.in_place
 @pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="a torch without copy-on-write tensors")
 def test_copy_on_write(operation, device):
     original = numbers(5, 7, device=device)
@@ -358,6 +363,7 @@ def test_copy_on_write(operation, device):
     assert_same(result, torch.autograd.grad(operation.definition(leaf_), leaf_, before)[0])
 
 
+@pytest.mark.in_place
 def test_shared_and_borrowed_memory(operation):
     array = numbers(5, 7).numpy()
     expected = operation.definition(torch.tensor(array))
@@ -369,6 +375,7 @@ def test_shared_and_borrowed_memory(operation):
     assert_same(shared, expected)
 
 
+@pytest.mark.in_place
 def test_lazily_initialised_parameter(operation):
     parameter = torch.nn.UninitializedParameter()
     for ours, theirs in ((operation.function, operation.definition), (operation.function_, operation.definition_)):
@@ -432,6 +439,7 @@ def test_module_survives_copies_and_files(operation, inplace):
     assert network[1] is not module and network[1].inplace is inplace
 
 
+@pytest.mark.in_place
 def test_functions_survive_copies_and_files(operation):
     for function in (operation.function, operation.function_):
         assert pickle.loads(pickle.dumps(function)) is function

@@ -82,6 +82,8 @@ def need_memory(wanted):
         pytest.skip(f"needs {wanted / 2**30:.1f} GiB of the GPU's memory, {free / 2**30:.1f} GiB are free")
 
 
+@pytest.mark.in_place
+@pytest.mark.keeps_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_more_elements_than_32_bits_count(operation, gpu, dtype):
     count = 2**31 + 3 * CHUNK + 13
@@ -108,6 +110,8 @@ def test_more_elements_than_32_bits_count(operation, gpu, dtype):
         assert_same(result, expected)
 
 
+@pytest.mark.in_place
+@pytest.mark.keeps_bits
 @over_dtypes
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 def test_sizes_that_fill_the_chip(operation, gpu, dtype, offset):
@@ -161,6 +165,7 @@ GRAPHED = {
 }
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("build", GRAPHED.values(), ids=GRAPHED)
 @pytest.mark.parametrize("count", [1000, 2**24 + 5])
 def test_graph_of_forward_and_backward(operation, gpu, build, count):
@@ -211,6 +216,7 @@ def behind_slow_work(stream):
     assert not stream.query(), "queueing has waited for the device"
 
 
+@pytest.mark.in_place
 def test_forward_and_backward_are_queued_on_the_current_stream(operation, gpu):
     """The numbers arrive late: a kernel on any other stream would read the old ones. Nothing waits for them."""
     values, grads = patterns(100_000), patterns(100_000)
@@ -274,6 +280,7 @@ def test_threads_with_streams_of_their_own(operation, gpu):
         assert_all_same(ours, theirs)
 
 
+@pytest.mark.in_place
 def test_nothing_synchronises(operation, gpu):
     """By torch's own account; that of the device is in the tests of slow streams."""
     input, grad = leaf(1000), patterns(1000)
@@ -292,6 +299,8 @@ def test_nothing_synchronises(operation, gpu):
 # Devices
 
 
+@pytest.mark.in_place
+@pytest.mark.keeps_bits
 @on_cuda
 def test_device_that_is_not_the_current_one(operation, device):
     if torch.cuda.device_count() < 2:
@@ -340,6 +349,7 @@ def kernels_of(function):
     return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
 
 
+@pytest.mark.in_place
 @over_dtypes
 @pytest.mark.parametrize("count", [64, 2**24 + 3])
 def test_one_kernel_each_way(operation, gpu, dtype, count):
@@ -366,6 +376,7 @@ def requested():
     return SimpleNamespace(now=stats["requested_bytes.all.current"], peak=stats["requested_bytes.all.peak"])
 
 
+@pytest.mark.in_place
 @over_dtypes
 @pytest.mark.parametrize("count", [1001, 2**24 + 3])
 def test_memory_is_the_results_and_the_bits(operation, gpu, dtype, count):
@@ -447,6 +458,7 @@ def test_out_of_memory_harms_nothing(operation, gpu, missing):
     assert_all_same(ours, output_and_gradient(operation.definition, saved.requires_grad_(), grad))
 
 
+@pytest.mark.in_place
 def test_out_of_memory_in_place_changes_nothing(operation, gpu):
     need_memory(12 * 2 * MANY)
     input = leaf(MANY, dtype=torch.bfloat16)

@@ -118,6 +118,7 @@ def symbolic_calls(function):
     return [(node.target, node.args[1:], node.kwargs) for node in traced.graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.in_place
 def test_symbolic_trace(operation):
     """Each call becomes a call of the definition."""
     for inplace in (False, True):
@@ -160,6 +161,7 @@ def assert_scripted(scripted, operation, input):
             assert_all_same(output_and_gradient(function, input), expected)
 
 
+@pytest.mark.in_place
 def test_script(operation, device):
     relu, relu_ = operation.function, operation.function_
 

@@ -51,6 +51,7 @@ def test_node_hooks_change_gradients(operation, device):
     assert_all_same(run(operation.function), run(operation.definition))
 
 
+@pytest.mark.in_place
 def test_hooks_of_a_tensor_changed_in_place(operation, device):
     def run(relu_):
         output = (input := leaf(5, 7, device=device)) * 1
@@ -89,6 +90,7 @@ def test_node_hook_removed(operation, device):
     assert seen == ["stays"]
 
 
+@pytest.mark.in_place
 def test_in_place_on_a_view_has_torchs_nodes(operation, device):
     def names(relu_):
         output = leaf(5, 7, device=device) * 1
@@ -178,6 +180,7 @@ def test_profiler_shows_a_call(operation, device):
         assert seen["relu_ext::" + operation.name].input_shapes == [[3, 5]]
 
 
+@pytest.mark.in_place
 def test_profiler_shows_a_call_in_place(operation, device):
     for input in (numbers(3, 5, device=device), leaf(3, 5, device=device) * 1):
         seen = events(lambda input=input: operation.function_(input))
@@ -192,6 +195,7 @@ def test_profiler_shows_backward(operation, device):
     assert forward.sequence_nr == backward.sequence_nr >= 0  # by which the profiler draws the arrow between them
 
 
+@pytest.mark.in_place
 def test_profiler_pairs_in_place_with_its_backward(operation, device):
     input = leaf(3, 5, device=device)
     seen = events(lambda: operation.function_(input * 1).sum().backward())
@@ -215,6 +219,7 @@ def test_profiler_with_all_options(operation, device, tmp_path):
 # Anomaly mode
 
 
+@pytest.mark.keeps_bits
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
 def test_anomaly_mode(operation, device):
     input = numbers(5, 7, device=device).nan_to_num()
@@ -294,6 +299,7 @@ def test_threads_inherit_no_modes(operation, device):
     assert output.grad_fn.name() == node_name(operation)
 
 
+@pytest.mark.in_place
 def test_threads_in_place_on_one_base(operation, device):
     """Rows of one tensor that needs no gradient, as a data loader's workers fill them."""
     base = numbers(6, 50_000, device=device)

@@ -92,6 +92,7 @@ def test_output_is_torchs(operation, device, build):
         assert_same(input.detach(), before)
 
 
+@pytest.mark.keeps_bits
 @over(DENSE)
 def test_dense_inputs_keep_one_bit_an_element(operation, device, build):
     input = on(device, build()).requires_grad_()
@@ -100,6 +101,7 @@ def test_dense_inputs_keep_one_bit_an_element(operation, device, build):
     assert torch.equal(bits, packed(keep.copy_(operation.keep(input))))
 
 
+@pytest.mark.in_place
 @over(DENSE | SPARSE_IN_MEMORY | NEGATED)
 def test_in_place_is_torchs(operation, device, build):
     input, expected = on(device, build()), on(device, build())
@@ -111,6 +113,7 @@ def test_in_place_is_torchs(operation, device, build):
     assert_same(input, expected)
 
 
+@pytest.mark.in_place
 @over(SPARSE_IN_MEMORY)
 def test_in_place_leaves_the_gaps(operation, device, build):
     view, expected_view = on(device, build()), on(device, build())
@@ -119,6 +122,7 @@ def test_in_place_leaves_the_gaps(operation, device, build):
     assert_same(view._base, expected_view._base)
 
 
+@pytest.mark.in_place
 @over({name: build for name, build in OVERLAPPING.items() if name.startswith("expanded")})
 def test_in_place_on_overlapping_memory_is_torchs(operation, device, build):
     """An error, but for threshold."""
@@ -154,6 +158,7 @@ def test_gradient_of_a_leaf_has_its_strides(operation, device, build):
     assert strides_that_matter(leaf.grad) == strides_that_matter(expected.grad)
 
 
+@pytest.mark.in_place
 @over(DENSE)
 def test_gradient_in_place_is_torchs(operation, device, build):
     def run(function_):
@@ -252,6 +257,7 @@ def random_view(choose, shape, dtype):
     return memory[offset:].view(stored).permute([order.index(d) for d in range(len(shape))])[tuple(slices)]
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("seed", range(300))
 def test_random_views(operation, device, seed):
     choose = random.Random(seed)

@@ -39,6 +39,7 @@ def python(*arguments, path=PACKAGE.parent, **environment):
 # Modules
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("inplace", [False, True])
 def test_module_is_torchs(operation, inplace):
     ours, theirs = operation.module(inplace=inplace), operation.torch_module(inplace=inplace)
@@ -52,6 +53,7 @@ def test_module_is_torchs(operation, inplace):
     assert operation.module(inplace=inplace).inplace is inplace
 
 
+@pytest.mark.in_place
 @with_defaults
 def test_module_signature(operation):
     ours, theirs = (inspect.signature(module) for module in (operation.module, operation.torch_module))
@@ -67,12 +69,14 @@ def test_module_forward(operation, device):
     assert_same(module(input=input), output)
 
 
+@pytest.mark.in_place
 def test_module_inplace(operation, device):
     module, input = operation.module(inplace=True), example(device)
     assert module(input) is input
     assert_same(input, operation.definition(example(device)))
 
 
+@pytest.mark.in_place
 def test_module_inplace_may_be_changed(operation):
     module, input = operation.module(inplace=True), example()
     module.inplace = False
@@ -84,11 +88,10 @@ def test_module_inplace_may_be_changed(operation):
 def test_module_in_a_network(operation, device, inplace):
     torch.manual_seed(0)
     first, last = torch.nn.Linear(5, 7, device=device), torch.nn.Linear(7, 3, device=device)
-    theirs = torch.nn.Sequential(
-        first, operation.torch_module(inplace=inplace and operation.torch_has_gradient_in_place), last
-    )
+    theirs_in_place = {"inplace": inplace and operation.torch_has_gradient_in_place} if operation.in_place else {}
+    theirs = torch.nn.Sequential(first, operation.torch_module(**theirs_in_place), last)
     ours = copy.deepcopy(theirs)
-    ours[1] = operation.module(inplace=inplace)
+    ours[1] = operation.module(**({"inplace": inplace} if operation.in_place else {}))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
     input = torch.randn(4, 5, device=device)
@@ -110,6 +113,7 @@ def test_module_hooks(operation):
 # Functions
 
 
+@pytest.mark.in_place
 @with_defaults
 def test_function_signature(operation):
     assert inspect.signature(operation.function) == inspect.signature(operation.definition)
@@ -117,6 +121,7 @@ def test_function_signature(operation):
     assert operation.function_.__name__ == operation.name + "_"
 
 
+@pytest.mark.in_place
 def test_function_by_keyword(operation, device):
     expected = operation.definition(example(device))
     assert_same(operation.function(input=example(device)), expected)
@@ -124,6 +129,7 @@ def test_function_by_keyword(operation, device):
     assert_same(operation.function_(input=example(device)), expected)
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("inplace", [True, 1, "yes", [0], torch.tensor(1)], ids=repr)
 def test_function_in_place_if_true(operation, device, inplace):
     input = example(device)
@@ -133,6 +139,7 @@ def test_function_in_place_if_true(operation, device, inplace):
     assert operation.function(input, inplace=inplace) is input
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("inplace", [False, 0, None, "", [], torch.tensor(0)], ids=repr)
 def test_function_not_in_place_if_false(operation, device, inplace):
     input = example(device)
@@ -140,6 +147,7 @@ def test_function_not_in_place_if_false(operation, device, inplace):
     assert_same(input, example(device))
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64], ids=str)
 def test_integers_as_in_torch(operation, device, dtype):
     """Values, or the same error: leaky_relu takes none, hardtanh no unsigned ones with a negative bound."""
@@ -165,6 +173,7 @@ WRONG_INPUTS = {
 }
 
 
+@pytest.mark.in_place
 @pytest.mark.parametrize("wrong", WRONG_INPUTS.values(), ids=WRONG_INPUTS)
 def test_wrong_input_raises_what_torch_raises(operation, wrong):
     for inplace in (False, True):
@@ -176,6 +185,7 @@ def test_wrong_input_raises_what_torch_raises(operation, wrong):
     assert error_of(operation.function_, wrong) == error_of(operation.definition_, wrong)
 
 
+@pytest.mark.in_place
 @with_defaults
 def test_wrong_call_raises_what_torch_raises(operation):
     x = example()
@@ -187,6 +197,7 @@ def test_wrong_call_raises_what_torch_raises(operation):
     assert error_of(operation.module, 1, 2, True, None, None, 3)[0] is TypeError
 
 
+@pytest.mark.in_place
 @with_defaults
 def test_everything_public_is_documented(operation):
     for name in relu_ext.__all__:
@@ -195,6 +206,7 @@ def test_everything_public_is_documented(operation):
         assert part.__doc__.strip()
 
 
+@pytest.mark.in_place
 @with_defaults
 def test_public_names(operation):
     assert {operation.name, operation.name + "_", operation.module.__name__} <= set(relu_ext.__all__)
