@@ -37,7 +37,7 @@ BYTES["relu_ext::Float16<(unsigned short)32640>"] = 2
 DTYPES = dict(zip(BYTES, ["float32", "float64", "float16", "bfloat16"], strict=True))
 KERNEL = re.compile(
     r"(?P<way>forward|backward)_kernel<(?P<element>.*?), relu_ext::cuda::Tile<(?P<threads>\d+), (?P<vectors>\d+),"
-    r".*?>, (?P<aligned>true|false)(?:, (?P<bits>true|false))?, relu_ext::(?P<activation>\w+)>"
+    r".*?>, (?P<aligned>true|false)(?:, (?P<bits>true|false))?, relu_ext::(?P<activation>\w+)<"
 )
 INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<op>[A-Z]\w*)(?P<modifiers>[.\w]*)(?P<rest>.*)"
