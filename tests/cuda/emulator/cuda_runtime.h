@@ -22,19 +22,6 @@
 namespace emulator {
 
 template <class T>
-struct alignas(2 * sizeof(T)) Two {
-  T x, y;
-  Two() = default;
-  constexpr Two(T x, T y) : x(x), y(y) {}
-  Two(const Two& other) : x(aligned(&other)->x), y(other.y) {}
-  Two& operator=(const Two& other) {
-    aligned(this)->x = aligned(&other)->x;
-    y = other.y;
-    return *this;
-  }
-};
-
-template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T x, y, z, w;
   Four() = default;
@@ -71,14 +58,8 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i
 
 }  // namespace emulator
 
-using uint2 = emulator::Two<unsigned>;
 using uint4 = emulator::Four<unsigned>;
-using float4 = emulator::Four<float>;
 
-template <class T>
-T __ldg(const T* from) {
-  return *emulator::aligned(from);
-}
 template <class T>
 T __ldcs(const T* from) {
   return *emulator::aligned(from);
@@ -89,7 +70,6 @@ void __stcs(T* to, T value) {
 }
 
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
-inline float __uint_as_float(unsigned word) { return emulator::bit_cast<float>(word); }
 
 inline void __syncthreads(unsigned line = __builtin_LINE()) { emulator::barrier(line); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, unsigned line = __builtin_LINE()) {
