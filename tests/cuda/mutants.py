@@ -116,7 +116,7 @@ MUTANTS = [
         "index of 32 bits, no sign", KERNELS, "{ return (first + warp * k) *", "{ return unsigned(first + warp * k) *"
     ),
     Mutant("a tile less one element is full", KERNELS, ">= elements_of<T, Tile>;", ">= elements_of<T, Tile> - 1;"),
-    Mutant("the output's alignment", LAUNCHERS, " | reinterpret_cast<uintptr_t>(to)", ""),
+    Mutant("the output's alignment", LAUNCHERS, " | reinterpret_cast<uintptr_t>(work.output)", ""),
     Mutant("8 bytes of alignment will do", LAUNCHERS, "% 16 == 0", "% 8 == 0"),
     Mutant(
         "the last block is missing", LAUNCHERS, "(numel - 1) / elements_of<T, Tile> + 1", "numel / elements_of<T, Tile>"
