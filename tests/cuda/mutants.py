@@ -162,6 +162,7 @@ MUTANTS = [
         "values[(k + threadIdx.x) % Tile::vectors].lane[j] = act.backward(",
         by_machine_code,
     ),
+    Mutant("too few registers", KERNELS, "blocks = 1024 / threads_", "blocks = 2048 / threads_", by_machine_code),
 ]
 
 
