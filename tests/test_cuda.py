@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from composing import assert_all_same
 from operations import DTYPES, INTEGERS, assert_same, kept_by, packed
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -59,11 +60,6 @@ def leaf(*shape, **options):
 def output_and_gradient(function, input, grad):
     output = function(input)
     return output.detach(), torch.autograd.grad(output, input, grad)[0]
-
-
-def assert_all_same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert_same(a, b)
 
 
 # Sizes

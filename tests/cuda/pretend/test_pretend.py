@@ -8,20 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from operations import DTYPES, assert_same, kept_by, mixed_values
+from composing import leaf, numbers
+from operations import DTYPES, assert_same, kept_by
 
 from relu_ext import ReLUFunction
 
 on_cuda = pytest.mark.parametrize("device", ["cuda"])
 over_devices = pytest.mark.parametrize("index", range(torch.cuda.device_count()))
-
-
-def numbers(*shape, device, dtype=torch.float32, seed=0):
-    return mixed_values(torch.Size(shape).numel(), dtype, device, seed).view(shape)
-
-
-def leaf(*shape, **options):
-    return numbers(*shape, **options).requires_grad_()
 
 
 def launches(function, *inputs):
