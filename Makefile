@@ -69,7 +69,7 @@ check-style: .venv-check/ready
 
 # The kernels in emulation, alone and under sanitizers; planted bugs; their machine code; and the tests of the whole
 # extension on a pretended device. What needs nvcc says so where there is none.
-check-cuda: .venv-check/ready $(READY)
+check-cuda: .venv-check/ready $(BUILT)
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
 	$(CHECK)/python tests/cuda/kernels.py plain
 	$(CHECK)/python tests/cuda/kernels.py sanitized

@@ -24,6 +24,11 @@ def torch_cuda() -> str | None:
     return runpy.run_path(str(Path(package) / "version.py"))["cuda"]
 
 
+def load_device() -> None:
+    """Before torch, which asks once, when it is imported, whether there are CUDA hooks."""
+    ctypes.CDLL(next(BUILT.glob("_device*.so")), ctypes.RTLD_GLOBAL)
+
+
 def main() -> int:
     if torch_cuda():
         print("LEFT OUT, the tests on a pretended CUDA device: this torch is a CUDA build, and it needs a CPU build.")
@@ -36,8 +41,7 @@ def main() -> int:
         print(built.stdout + built.stderr)
         return built.returncode
     sys.path[:1] = [str(BUILT), str(HERE)]
-    # Before torch, which asks once, when it is imported, whether there are CUDA hooks.
-    ctypes.CDLL(next(BUILT.glob("_device*.so")), ctypes.RTLD_GLOBAL)
+    load_device()
     import pytest
 
     os.chdir(ROOT)

@@ -4,7 +4,10 @@ Streams are known by their ids; 0 is every device's default stream.
 """
 
 import ctypes
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from operations import DTYPES, assert_same, kept_by
 
 from relu_ext import ReLUFunction
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 on_cuda = pytest.mark.parametrize("device", ["cuda"])
 over_devices = pytest.mark.parametrize("index", range(torch.cuda.device_count()))
 
@@ -160,6 +165,40 @@ def test_streams_of_threads_are_their_own(operation, device):
         two = operation.function(inputs[1])
         _, launched = launches(torch.autograd.grad, one.sum() + two.sum(), inputs)
     assert sorted(launched) == [(0, first.stream_id), (0, second.stream_id)]
+
+
+# A build for the CPU alone
+
+CPU_ONLY = """
+import sys; sys.path[:0] = sys.argv[1:]
+import run; run.load_device()
+import plugin, pytest, relu_ext, torch
+from composing import assert_all_same, leaf
+from operations import OPERATIONS
+
+assert relu_ext.build_info()["cuda"] is None
+for operation in OPERATIONS:
+    input = leaf(5, 7, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        ours = operation.function(input)
+        gradient, = torch.autograd.grad(ours, input, torch.ones_like(ours))
+    assert not [event.name for event in profiler.events() if "relu_ext" in event.name]
+    theirs = operation.definition(input)
+    assert ours.grad_fn.name() == theirs.grad_fn.name() != operation.node
+    assert ours.device == gradient.device == input.device
+    assert_all_same((ours, gradient), (theirs, *torch.autograd.grad(theirs, input, torch.ones_like(theirs))))
+    with pytest.raises(NotImplementedError, match="'CUDA' backend"):
+        operation.forward(input)
+assert torch.ops.pretend.take_launches() == []
+"""
+
+
+@on_cuda
+def test_a_build_for_the_cpu_alone_leaves_cuda_tensors_to_torch(device):
+    """The one beside the sources, which `make build` makes."""
+    command = [sys.executable, "-c", CPU_ONLY, HERE, ROOT / "tests", ROOT]
+    process = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 # The pretence itself
