@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import _checkout  # noqa: F401
 import torch
 from machine import last_level_cache, memory_bytes
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import relu_ext
@@ -27,9 +27,33 @@ class Pair(NamedTuple):
     torch: Callable[..., Any]
 
 
+Random = Callable[..., Tensor]  # random(*dims)
+
+
+def one_input(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
+    return [random(*dims)]
+
+
+def halves(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
+    """As they leave the linear layer that makes both: rows of one are not next to each other."""
+    return list(random(*dims[:-1], 2 * dims[-1]).chunk(2, -1))
+
+
+def one_weight(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
+    return [random(*dims), random(1)]
+
+
+def channel_weights(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
+    """As many elements as in `dims`, in planes: up to 16 images of up to 64 channels."""
+    elements = math.prod(dims)
+    channels = math.gcd(elements, 64)
+    images = math.gcd(elements // channels, 16)
+    return [random(images, channels, elements // channels // images), random(channels)]
+
+
 @dataclass(frozen=True)
 class Operation:
-    """A row of every table. `function.torch` is the definition that `function.ours` must equal.
+    """A row of every table. `function.torch` is the definition that `function.ours` must equal, but for so many `ulps`.
 
     A pass is one tensor of the input's size, read or written. Where the result of a layer is kept for backward, that
     is no pass of its own; packed bits are, `bits` of them an element, written in forward and read in backward.
@@ -40,12 +64,14 @@ class Operation:
     function: Pair
     inplace: Pair | None = None
     module: Pair | None = None
-    operands: int = 1
+    operands: Callable[[Random, tuple[int, ...]], list[Tensor]] = one_input  # the first has the output's shape
+    curve: Callable[[Tensor], Tensor] | None = None  # what is drawn, where `function` has more than an input
+    every_shape: bool = False  # else few shapes, and of the host time a call alone: the default run stays short
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
     forward_passes: int = 2
     backward_passes: int = 2
     bits: int = 0
-    rtol: float = 0.0
-    atol: float = 0.0
+    ulps: int = 0
 
     def passes(self, step: str, itemsize: int) -> float:
         bits = self.bits / (8 * itemsize)
@@ -56,6 +82,32 @@ class Operation:
         }[step]
 
 
+def coming() -> Iterator[Operation]:
+    """Rows of what relu_ext may not have yet. They belong into OPERATIONS, without a condition, once it has them."""
+    if hasattr(relu_ext, "prelu"):
+        prelu = Operation(
+            name="prelu",
+            torch_name="F.prelu",
+            function=Pair(relu_ext.prelu, F.prelu),
+            operands=one_weight,
+            curve=lambda x: relu_ext.prelu(x, x.new_tensor([0.25])),
+            backward_passes=3,
+            ulps=4,
+        )
+        yield prelu
+        yield replace(prelu, name="prelu_channels", operands=channel_weights, curve=None)
+    if hasattr(relu_ext, "reglu"):
+        yield Operation(
+            name="reglu",
+            torch_name="relu(gate) * up",
+            function=Pair(relu_ext.reglu, lambda gate, up: torch.relu(gate) * up),
+            operands=halves,
+            curve=lambda x: relu_ext.reglu(x, torch.ones_like(x)),
+            forward_passes=3,
+            backward_passes=5,
+        )
+
+
 OPERATIONS = (
     Operation(
         name="relu",
@@ -63,6 +115,8 @@ OPERATIONS = (
         function=Pair(relu_ext.relu, torch.relu),
         inplace=Pair(relu_ext.relu_, torch.relu_),
         module=Pair(relu_ext.ReLU, nn.ReLU),
+        every_shape=True,
+        dtypes=tuple(DTYPES),
         bits=1,
     ),
     Operation(
@@ -97,6 +151,42 @@ OPERATIONS = (
         module=Pair(relu_ext.LeakyReLU, nn.LeakyReLU),
         bits=1,
     ),
+    Operation(
+        name="elu",
+        torch_name="F.elu",
+        function=Pair(relu_ext.elu, F.elu),
+        inplace=Pair(relu_ext.elu_, F.elu_),
+        module=Pair(relu_ext.ELU, nn.ELU),
+        backward_passes=3,
+        ulps=4,
+    ),
+    Operation(
+        name="celu",
+        torch_name="F.celu",
+        function=Pair(relu_ext.celu, F.celu),
+        inplace=Pair(relu_ext.celu_, torch.celu_),
+        module=Pair(relu_ext.CELU, nn.CELU),
+        backward_passes=3,
+        ulps=4,
+    ),
+    Operation(
+        name="selu",
+        torch_name="F.selu",
+        function=Pair(relu_ext.selu, F.selu),
+        inplace=Pair(relu_ext.selu_, torch.selu_),
+        module=Pair(relu_ext.SELU, nn.SELU),
+        backward_passes=3,
+        ulps=4,
+    ),
+    Operation(
+        name="relu_squared",
+        torch_name="relu(x) * relu(x)",
+        function=Pair(relu_ext.relu_squared, lambda x: (r := torch.relu(x)) * r),
+        dtypes=tuple(DTYPES),
+        backward_passes=3,
+        ulps=1,
+    ),
+    *coming(),
 )
 
 
@@ -121,6 +211,9 @@ NETWORK_SHAPES = (
 )
 
 
+SMALL = 2**20  # elements: in the last-level cache of every machine that matters
+
+
 def size_name(elements: int) -> str:
     for factor, unit in ((2**20, "M"), (2**10, "K")):
         if elements >= factor and elements % factor == 0:
@@ -128,20 +221,37 @@ def size_name(elements: int) -> str:
     return str(elements)
 
 
-def shapes(device: torch.device) -> list[Shape]:
-    """Powers of two from 64 elements to far past the last-level cache, then real networks."""
+ROW = 2**10
+
+
+def sized(elements: int, compiled: bool) -> Shape:
+    rows = (elements // ROW, ROW) if elements >= SMALL and elements % ROW == 0 else (elements,)
+    return Shape(size_name(elements), rows, compiled)
+
+
+def largest_size(device: torch.device) -> int:
     # Training keeps six such tensors alive at most: a sixteenth of the memory each leaves room.
     if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 16 // 4
+    return 2 ** int(math.log2(min(4 * last_level_cache(), memory_bytes() // 16) // 4))
+
+
+def shapes(device: torch.device) -> list[Shape]:
+    """Powers of two from 64 elements to far past the last-level cache, then real networks."""
+    largest = largest_size(device)
+    if device.type == "cuda":
         # Past every L2 cache from 64M elements on.
-        largest = torch.cuda.get_device_properties(device).total_memory // 16 // 4
         sizes = [64, 2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26, 2**27, 2**28]
         sizes = [size for size in sizes if size <= largest]
     else:
-        largest = min(4 * last_level_cache(), memory_bytes() // 16) // 4
-        largest = 2 ** int(math.log2(largest))
         sizes = [size for size in (64, 2**10, 2**14, 2**17, 2**20, 2**22) if size < largest] + [largest]
-    compiled = (64, 2**20, 2**27)
-    return [Shape(size_name(size), (size,), compiled=size in compiled) for size in sizes] + list(NETWORK_SHAPES)
+    return [sized(size, compiled=size in (64, 2**20, 2**27)) for size in sizes] + list(NETWORK_SHAPES)
+
+
+def few_shapes(device: torch.device) -> list[Shape]:
+    """One in the last-level cache, one far past it."""
+    past = min(2**26, largest_size(device)) if device.type == "cuda" else largest_size(device) // 2
+    return [sized(SMALL, compiled=True), sized(past, compiled=False)]
 
 
 HOST_ELEMENTS = 64
@@ -149,9 +259,7 @@ CHAIN = 200  # layers
 CALL, CALL_GRAD, MODULE, MODULE_GRAD = "call", "call, input with grad", "module", "module, input with grad"
 INPLACE, CHAIN_BACKWARD, CHAIN_TRAINING = "in place", "backward, a layer of 200", "forward + backward, a layer of 200"
 
-
 LARGE = 256 * 2**20  # bytes of a tensor
-SMALL = 2**20  # elements
 
 
 @dataclass(frozen=True)

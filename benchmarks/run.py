@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ from cases import (
     MODULE_GRAD,
     OPERATIONS,
     OURS,
+    SMALL,
     STEPS,
     Operation,
     Shape,
+    few_shapes,
     shapes,
-    size_name,
+    sized,
 )
 from harness import Call
 from rich.console import Console
@@ -46,7 +49,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import relu_ext
 
 RESULTS = Path(__file__).parent / "results" / "latest-{device}.json"
-KEPT_ELEMENTS = 2**20
 Record = dict[str, Any]
 Options = argparse.Namespace
 
@@ -56,13 +58,14 @@ def parse(arguments: list[str] | None = None) -> Options:
     names = [operation.name for operation in OPERATIONS]
     add = parser.add_argument
     add("--devices", nargs="+", choices=["cpu", "cuda"], help="default: cpu, and cuda where relu_ext is built for it")
-    add("--operations", nargs="+", choices=names, default=names, help="rows of cases.py; default: all")
-    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
+    add("--operations", nargs="+", choices=names, default=names, metavar="NAME", help=f"of: {', '.join(names)}")
+    add("--every-shape", action="store_true", help="measure each operation as fully as relu, else only relu is")
+    add("--dtypes", nargs="+", choices=list(DTYPES), help="default: all for relu, else as in cases.py")
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
     add("--sizes", nargs="+", type=int, metavar="N", help="elements; default: 64 to past the cache, and networks")
     add("--threads", type=int, default=torch.get_num_threads(), help="of all but the host time; default: %(default)s")
     add("--seconds", type=float, default=0.3, help="on a cell of a table, or five rounds; default: %(default)s")
-    add("--quick", action="store_true", help="four sizes, a third of the time, no torch.compile: a smoke test")
+    add("--quick", action="store_true", help="few sizes, a third of the time, no torch.compile: a smoke test")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--no-host", dest="host", action="store_false", help="leave the host time per call out")
     add("--json", type=Path, default=RESULTS, help="default: results/latest-{device}.json, for a GPU with its name")
@@ -75,8 +78,21 @@ def parse(arguments: list[str] | None = None) -> Options:
     if options.quick:
         options.seconds /= 3
         options.compile = False
-        options.sizes = options.sizes or [64, 2**14, 2**17, 2**20]
     return options
+
+
+def chosen(options: Options) -> list[Operation]:
+    found = [operation for operation in OPERATIONS if operation.name in options.operations]
+    every = {"every_shape": True, "dtypes": tuple(DTYPES)} if options.every_shape else {}
+    given = {"dtypes": tuple(options.dtypes)} if options.dtypes else {}
+    return [replace(operation, **(every | given)) for operation in found]
+
+
+def places(operation: Operation, device: torch.device, options: Options) -> list[Shape]:
+    quick = [64, 2**14, 2**17, SMALL] if operation.every_shape else [SMALL]
+    if sizes := options.sizes or (quick if options.quick else None):
+        return [sized(size, compiled=True) for size in sizes]
+    return shapes(device) if operation.every_shape else few_shapes(device)
 
 
 def compile_works(device: torch.device, console: Console) -> bool:
@@ -113,8 +129,8 @@ def timed(
 
 
 def host_calls(operation: Operation, device: torch.device) -> Iterator[tuple[str, dict[str, Call]]]:
-    first, *others = operands = harness.signed_random(operation.operands, (HOST_ELEMENTS,), torch.float32, device)
-    (grad,) = harness.signed_random(1, (HOST_ELEMENTS,), torch.float32, device)
+    operands, grad = harness.problem(operation, (HOST_ELEMENTS,), torch.float32, device)
+    first, *others = operands
     harness.check(operation, operands, grad)
     harness.check_other_forms(operation, operands)
     sides = list(zip((OURS, EAGER), operation.function, strict=True))
@@ -137,14 +153,17 @@ def host_records(operation: Operation, device: torch.device, seconds: float) -> 
     shape = Shape(str(HOST_ELEMENTS), (HOST_ELEMENTS,))
     sampler = gpu.queueing if device.type == "cuda" else partial(harness.wall_clock, threads=1)
     for step, calls in host_calls(operation, device):
+        if step not in (CALL, CALL_GRAD) and not operation.every_shape:
+            continue
         samples = harness.measure(calls, 3 * seconds, sampler)
         yield timed("host", operation, step, "float32", shape, samples, threads=1)
 
 
 def kept_record(operation: Operation, dtype: str, device: torch.device, compiled: bool) -> Record:
-    operands = harness.signed_random(operation.operands, (KEPT_ELEMENTS,), DTYPES[dtype], device)
+    shape = sized(SMALL, compiled)
+    operands, grad = harness.problem(operation, shape.dims, DTYPES[dtype], device)
     functions = dict(zip((OURS, EAGER), operation.function, strict=True))
-    if compiled:
+    if shape.compiled:
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
     kept = {side: harness.kept_bytes(function, operands) for side, function in functions.items()}
@@ -152,10 +171,12 @@ def kept_record(operation: Operation, dtype: str, device: torch.device, compiled
         "section": "kept",
         "operation": operation.name,
         "dtype": dtype,
-        "elements": KEPT_ELEMENTS,
-        "bytes_per_element": {side: count / KEPT_ELEMENTS for side, count in kept.items()},
-        "ratio": kept[OURS] / kept[EAGER],
-        "share_of_input": kept[OURS] / operands[0].nbytes,
+        "elements": shape.elements,
+        "bytes_per_element": {side: counts.all / shape.elements for side, counts in kept.items()},
+        "ratio": kept[OURS].all / kept[EAGER].all,
+        "share_of_input": kept[OURS].all / grad.nbytes,
+        "beyond_inputs": kept[OURS].beyond_inputs / shape.elements,
+        "beyond_output": kept[OURS].beyond_output / shape.elements,
     }
 
 
@@ -167,7 +188,7 @@ def speed_record(
     if options.compile and shape.compiled and step != BACKWARD:
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
-    copies = harness.copy_calls(operands[0])
+    copies = harness.copy_calls(grad)
     calls = harness.step_calls(step, functions, operands, grad) | copies
     sampler = gpu.cold_l2 if grad.is_cuda else partial(harness.wall_clock, threads=options.threads)
     samples = harness.measure(calls, options.seconds, sampler)
@@ -188,16 +209,14 @@ def speed_record(
 def speed_records(
     operation: Operation, dtype: str, shape: Shape, device: torch.device, options: Options
 ) -> Iterator[Record]:
-    operands = harness.signed_random(operation.operands, shape.dims, DTYPES[dtype], device)
-    (grad,) = harness.signed_random(1, shape.dims, DTYPES[dtype], device)
+    operands, grad = harness.problem(operation, shape.dims, DTYPES[dtype], device)
     harness.check(operation, operands, grad)
     for step in options.steps:
         yield speed_record(operation, step, dtype, shape, operands, grad, options)
 
 
 def kernel_records(operation: Operation, device: torch.device, console: Console) -> Iterator[Record]:
-    operands = harness.signed_random(operation.operands, (HOST_ELEMENTS,), torch.float32, device)
-    (grad,) = harness.signed_random(1, (HOST_ELEMENTS,), torch.float32, device)
+    operands, grad = harness.problem(operation, (HOST_ELEMENTS,), torch.float32, device)
     functions = dict(zip((OURS, EAGER), operation.function, strict=True))
     for step in STEPS:
         calls = harness.step_calls(step, functions, operands, grad)
@@ -216,12 +235,12 @@ def kernel_records(operation: Operation, device: torch.device, console: Console)
 
 
 def measure_all(device: torch.device, options: Options, progress: Progress) -> list[Record]:
-    operations = [operation for operation in OPERATIONS if operation.name in options.operations]
-    places = [Shape(size_name(n), (n,), compiled=True) for n in options.sizes] if options.sizes else shapes(device)
+    operations = chosen(options)
     cuda = device.type == "cuda"
-    blocks = [operation for operation in operations if cuda and operation.module]
-    cells = options.host + cuda + len(options.dtypes) * (1 + len(places))
-    task = progress.add_task("", total=len(operations) * cells + len(blocks))
+    blocks = [operation for operation in operations if cuda and operation.bits]
+    cells = [(o, dtype, places(o, device, options)) for o in operations for dtype in o.dtypes]
+    total = (options.host + cuda) * len(operations) + sum(1 + len(found) for _, _, found in cells) + len(blocks)
+    task = progress.add_task("", total=total)
     records: list[Record] = []
 
     def add(name: str, more: Iterable[Record]) -> None:
@@ -234,12 +253,11 @@ def measure_all(device: torch.device, options: Options, progress: Progress) -> l
         for operation in operations:
             add(f"{operation.name}, host time", host_records(operation, device, options.seconds))
     options.compile = options.compile and compile_works(device, progress.console)
-    for operation in operations:
-        for dtype in options.dtypes:
-            add(f"{operation.name}, {dtype}, kept", [kept_record(operation, dtype, device, options.compile)])
-            for shape in places:
-                name = f"{operation.name}, {dtype}, {shape.name}"
-                add(name, speed_records(operation, dtype, shape, device, options))
+    for operation, dtype, found in cells:
+        name = f"{operation.name}, {dtype}"
+        add(f"{name}, kept", [kept_record(operation, dtype, device, options.compile)])
+        for shape in found:
+            add(f"{name}, {shape.name}", speed_records(operation, dtype, shape, device, options))
     for operation in blocks:
         add(f"{operation.name}, memory of a block", block.records(operation, device))
     for operation in operations if cuda else []:
