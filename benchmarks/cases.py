@@ -257,6 +257,7 @@ def few_shapes(device: torch.device) -> list[Shape]:
 HOST_ELEMENTS = 64
 CHAIN = 200  # layers
 CALL, CALL_GRAD, MODULE, MODULE_GRAD = "call", "call, input with grad", "module", "module, input with grad"
+CALLS = (CALL, CALL_GRAD)
 INPLACE, CHAIN_BACKWARD, CHAIN_TRAINING = "in place", "backward, a layer of 200", "forward + backward, a layer of 200"
 
 LARGE = 256 * 2**20  # bytes of a tensor
@@ -282,10 +283,42 @@ class Target:
         return all(agrees(key, wanted) for key, wanted in {"operation": self.operation, **self.where}.items())
 
 
+def kept(name: str, what: str, limit: float, quantity: str, **where: Any) -> Target:
+    return Target(f"{name}: kept{what}", limit, name, {"section": "kept", **where}, quantity)
+
+
+def in_cache(name: str, step: str, limit: float, *dtypes: str) -> Target:
+    """At 1M elements, in these dtypes or in all."""
+    where = {"section": "speed", "step": step, "elements": SMALL, "in_cache": True}
+    where |= {"dtype": dtypes.__contains__} if dtypes else {}
+    what = step.replace("forward + backward", "fwd + bwd")
+    return Target(f"{name}: {', '.join((what, *dtypes))}, 1M", limit, name, where)
+
+
+BITS = tuple(operation.name for operation in OPERATIONS if operation.bits)
 KEPT_TARGETS = (
     Target("relu: kept, float32", 1 / 32, "relu", {"section": "kept", "dtype": "float32"}, "share_of_input"),
     Target("relu: kept, bfloat16", 1 / 16, "relu", {"section": "kept", "dtype": "bfloat16"}, "share_of_input"),
     Target("relu: kept, float16", 1 / 16, "relu", {"section": "kept", "dtype": "float16"}, "share_of_input"),
+    *(kept(name, ", bytes an element", 1 / 8, "kept_per_element") for name in BITS if name != "relu"),
+    *(kept(name, " beyond the input", 0, "beyond_inputs") for name in ("elu", "celu", "selu")),
+    kept("relu_squared", " beyond the output", 0, "beyond_output", dtype=("float32", "bfloat16").__contains__),
+    kept("relu_squared", " beyond the input, float16", 0, "beyond_inputs", dtype="float16"),
+    *(kept(name, " beyond the inputs", 0, "beyond_inputs") for name in ("prelu", "prelu_channels", "reglu")),
+)
+FAMILY_CPU_TARGETS = (
+    *(
+        Target(f"{o.name}: call, with and without grad", 0.8, o.name, {"section": "host", "step": CALLS.__contains__})
+        for o in OPERATIONS
+        if o.name != "relu"
+    ),
+    *(in_cache(name, TRAINING, 0.9, "float32") for name in BITS),
+    *(in_cache(name, TRAINING, 0.85 if name == "leaky_relu" else 0.6, "bfloat16") for name in BITS),
+    in_cache("elu", FORWARD, 0.25),
+    in_cache("relu_squared", FORWARD, 0.6, "float32"),
+    in_cache("relu_squared", FORWARD, 0.06, "float16"),
+    in_cache("relu_squared", TRAINING, 0.5, "float32"),
+    in_cache("reglu", TRAINING, 0.6),
 )
 CPU_TARGETS = (
     Target("relu: call, 64 elements", 0.65, "relu", {"section": "host", "step": CALL}),
@@ -294,6 +327,7 @@ CPU_TARGETS = (
     Target("relu: backward per layer, 64 elements", 0.90, "relu", {"section": "host", "step": CHAIN_BACKWARD}),
     Target("relu: forward in cache", 1.0, "relu", {"section": "speed", "step": FORWARD, "in_cache": True}),
     Target("relu: backward from bits, every size", 1.0, "relu", {"section": "speed", "step": BACKWARD}),
+    *FAMILY_CPU_TARGETS,
     *KEPT_TARGETS,
 )
 

@@ -165,8 +165,7 @@ def judge(target: Target, records: list[Record]) -> Record | None:
     worst = max(met, key=lambda record: value(record)["median"])
     found = value(worst)
     verdict = "pass" if found["median"] <= target.limit else "spread" if found["q20"] <= target.limit else "miss"
-    keys = ("dtype", "shape", "step") if worst["section"] == "speed" else ("dtype", "shape")
-    place = ", ".join(str(worst[key]) for key in keys if key in worst)
+    place = ", ".join(str(worst[key]) for key in ("dtype", "shape", "step") if key in worst)
     return {
         "target": target.text,
         "limit": target.limit,

@@ -22,6 +22,7 @@ from cases import (
     BACKWARD,
     CALL,
     CALL_GRAD,
+    CALLS,
     CHAIN,
     CHAIN_BACKWARD,
     CHAIN_TRAINING,
@@ -153,7 +154,7 @@ def host_records(operation: Operation, device: torch.device, seconds: float) -> 
     shape = Shape(str(HOST_ELEMENTS), (HOST_ELEMENTS,))
     sampler = gpu.queueing if device.type == "cuda" else partial(harness.wall_clock, threads=1)
     for step, calls in host_calls(operation, device):
-        if step not in (CALL, CALL_GRAD) and not operation.every_shape:
+        if step not in CALLS and not operation.every_shape:
             continue
         samples = harness.measure(calls, 3 * seconds, sampler)
         yield timed("host", operation, step, "float32", shape, samples, threads=1)
@@ -174,6 +175,7 @@ def kept_record(operation: Operation, dtype: str, device: torch.device, compiled
         "elements": shape.elements,
         "bytes_per_element": {side: counts.all / shape.elements for side, counts in kept.items()},
         "ratio": kept[OURS].all / kept[EAGER].all,
+        "kept_per_element": kept[OURS].all / shape.elements,
         "share_of_input": kept[OURS].all / grad.nbytes,
         "beyond_inputs": kept[OURS].beyond_inputs / shape.elements,
         "beyond_output": kept[OURS].beyond_output / shape.elements,
