@@ -1,14 +1,34 @@
-"""Tables and targets from the records of run.py."""
+"""Tables and targets from the records of run.py. As a program it prints tables of a JSON as Markdown."""
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import machine
-from cases import BACKWARD, COMPILED, DTYPES, EAGER, HOST_ELEMENTS, OPERATIONS, OURS, STEPS, TARGETS, Operation, Target
+from cases import (
+    BACKWARD,
+    CALLS,
+    COMPILED,
+    DTYPES,
+    EAGER,
+    FORWARD,
+    HOST_ELEMENTS,
+    OPERATIONS,
+    OURS,
+    STEPS,
+    TARGETS,
+    TRAINING,
+    Operation,
+    Target,
+)
 from harness import Spread
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Record = dict[str, Any]
 VERDICTS = {"pass": "green", "spread": "yellow", "miss": "red"}
@@ -203,21 +223,95 @@ def target_table(judged: list[Record]) -> Table:
     return table
 
 
-def show(console: Console, about: dict[str, Any], records: list[Record], judged: list[Record]) -> None:
+def family_row(records: list[Record]) -> list[str]:
+    """Of one operation and dtype; what was not measured is left empty."""
+
+    def of(step: str, section: str = "speed") -> Record:
+        return next((r for r in records if r["section"] == section and r.get("step") == step), {})
+
+    kept = next((r["bytes_per_element"] for r in records if r["section"] == "kept"), {})
+    cells = [f"{kept[OURS]:.4g} / {kept[EAGER]:.4g}" if kept else ""]
+    for record in (of(FORWARD), of(TRAINING)):
+        cells += [ratio_text(record.get("ratio")), ratio_text(record.get("compile_ratio"))]
+        cells += [f"{record['copy_fraction']:.2f}" if record else ""]
+    return cells + [ratio_text(of(call, "host").get("ratio")) for call in CALLS]
+
+
+def family_table(records: list[Record], dtype: str, shape: str) -> Table:
+    table = Table(
+        title=f"The family: {dtype}, {shape} elements",
+        caption="kept: bytes an element, relu_ext / torch. /torch, /compile: relu_ext's time divided by theirs in the "
+        "same run, below 1 relu_ext is faster. of copy: fraction of the copy limit. call, with grad: host time of a "
+        f"call without and with a gradient to come, {HOST_ELEMENTS} float32 elements, divided by torch's.",
+    )
+    table.add_column("operation", no_wrap=True)
+    columns = ("kept", "forward /torch", "/compile", "of copy", "fwd + bwd /torch", "/compile", "of copy")
+    for heading in (*columns, "call", "with grad"):
+        table.add_column(heading, justify="right")
+    for operation in OPERATIONS:
+        rows = [r for r in records if r["operation"] == operation.name]
+        rows = [r for r in rows if r["section"] == "host" or r.get("dtype") == dtype]
+        rows = [r for r in rows if r["section"] != "speed" or r["shape"] == shape]
+        if any(r["section"] == "speed" for r in rows):
+            table.add_row(operation.name, *family_row(rows))
+    return table
+
+
+def tables(device: str, records: list[Record], judged: list[Record]) -> Iterator[tuple[str, Table]]:
+    """Every table that the records have rows for, by kind."""
+
     def of(section: str) -> list[Record]:
         return [record for record in records if record["section"] == section]
 
-    console.print(f"\n[bold]{about['device']}[/]: {machine.summary(about)}", soft_wrap=True)
     for operation in OPERATIONS:
         for dtype in DTYPES:
             rows = [r for r in of("speed") if (r["operation"], r["dtype"]) == (operation.name, dtype)]
             if rows:
-                console.print(speed_table(rows, operation, dtype))
-            if rows and about["device"] == "cuda":
-                console.print(bandwidth_table(rows, operation, dtype))
-    tables = {"kept": kept_table, "block": block_table, "kernels": kernels_table, "host": host_table}
-    for section, table in tables.items():
+                yield "speed", speed_table(rows, operation, dtype)
+            if rows and device == "cuda":
+                yield "bandwidth", bandwidth_table(rows, operation, dtype)
+    for shape in dict.fromkeys(record["shape"] for record in of("speed")):
+        for dtype in DTYPES:
+            table = family_table(records, dtype, shape)
+            if table.row_count > 1:
+                yield "family", table
+    sections = {"kept": kept_table, "block": block_table, "kernels": kernels_table, "host": host_table}
+    for section, table in sections.items():
         if of(section):
-            console.print(table(of(section)))
+            yield section, table(of(section))
     if judged:
-        console.print(target_table(judged))
+        yield "targets", target_table(judged)
+
+
+def show(console: Console, about: dict[str, Any], records: list[Record], judged: list[Record]) -> None:
+    console.print(f"\n[bold]{about['device']}[/]: {machine.summary(about)}", soft_wrap=True)
+    for _, table in tables(about["device"], records, judged):
+        console.print(table)
+
+
+def markdown(table: Table) -> str:
+    def line(cells: Any) -> str:
+        return f"| {' | '.join(Text.from_markup(str(cell)).plain for cell in cells)} |"
+
+    rules = ("---:" if column.justify == "right" else "---" for column in table.columns)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = [line(column.header for column in table.columns), line(rules), *map(line, rows)]
+    return "\n".join([f"**{table.title}**", "", *lines, "", str(table.caption or ""), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(__file__).parent / "results" / "latest-cpu.json"
+    kinds = ("speed", "bandwidth", "family", "kept", "block", "kernels", "host", "targets")
+    parser.add_argument("json", nargs="?", type=Path, default=default, help="what run.py wrote; default: %(default)s")
+    parser.add_argument("--tables", nargs="+", choices=kinds, default=["family"], help="default: %(default)s")
+    options = parser.parse_args()
+    results = json.loads(options.json.read_text())
+    for kind, table in tables(results["device"], results["records"], results["targets"]):
+        if kind in options.tables:
+            print(markdown(table))
+    print(machine.summary(results))
+
+
+if __name__ == "__main__":
+    main()
