@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Operation:
     inplace: Pair | None = None
     module: Pair | None = None
     operands: Callable[[Random, tuple[int, ...]], list[Tensor]] = one_input  # the first has the output's shape
-    curve: Callable[[Tensor], Tensor] | None = None  # what is drawn, where `function` has more than an input
+    curve: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # drawn where there are more operands
     every_shape: bool = False  # else few shapes, and of the host time a call alone: the default run stays short
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     forward_passes: int = 2
@@ -90,19 +90,19 @@ def coming() -> Iterator[Operation]:
             torch_name="F.prelu",
             function=Pair(relu_ext.prelu, F.prelu),
             operands=one_weight,
-            curve=lambda x: relu_ext.prelu(x, x.new_tensor([0.25])),
+            curve={"prelu, weight 0.25": lambda x: relu_ext.prelu(x, x.new_tensor([0.25]))},
             backward_passes=3,
             ulps=4,
         )
         yield prelu
-        yield replace(prelu, name="prelu_channels", operands=channel_weights, curve=None)
+        yield replace(prelu, name="prelu_channels", operands=channel_weights, curve={})
     if hasattr(relu_ext, "reglu"):
         yield Operation(
             name="reglu",
             torch_name="relu(gate) * up",
             function=Pair(relu_ext.reglu, lambda gate, up: torch.relu(gate) * up),
             operands=halves,
-            curve=lambda x: relu_ext.reglu(x, torch.ones_like(x)),
+            curve={"reglu, up = 1": lambda x: relu_ext.reglu(x, torch.ones_like(x))},
             forward_passes=3,
             backward_passes=5,
         )

@@ -13,9 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from cases import COMPILED, DTYPES, EAGER, OPERATIONS, OURS, STEPS, size_name
+from cases import COMPILED, DTYPES, EAGER, OPERATIONS, OURS, STEPS, one_input, size_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#777777"
@@ -35,6 +36,11 @@ STYLE = {
     "figure.titleweight": "bold",
 }
 NETWORK = {"linestyle": "", "marker": "s", "markersize": 5, "markerfacecolor": "none", "label": None}
+SPAN, VANISHING = 7, 0.05  # of the curves: x from -SPAN to SPAN, and the derivative that counts as vanished
+BANDS = {
+    "vanishing": {"color": "#fdf0d0", "label": f"|derivative| < {VANISHING}"},
+    "dead": {"color": "#e9d3dd", "label": "derivative exactly 0, value flat:\nno gradient, units die"},
+}
 Record = dict[str, Any]
 
 
@@ -61,8 +67,8 @@ def draw_bars(axes: Axes, records: list[Record], step: str, dtypes: list[str]) -
     width, bars = 0.8 / len(dtypes), []
     for i, dtype in enumerate(dtypes):
         found = {r["shape"]: r for r in records if (r["step"], r["dtype"]) == (step, dtype)}
-        places = [x - 0.4 + (i + 0.5) * width for x in range(len(names))]
-        ratios = [found[name]["ratio"] for name in names]
+        places = [x - 0.4 + (i + 0.5) * width for x, name in enumerate(names) if name in found]
+        ratios = [found[name]["ratio"] for name in names if name in found]
         heights = [1 / ratio["median"] for ratio in ratios]
         ends = [
             [max(0, height - 1 / r["q80"]) for height, r in zip(heights, ratios, strict=True)],
@@ -71,7 +77,7 @@ def draw_bars(axes: Axes, records: list[Record], step: str, dtypes: list[str]) -
         axes.bar(places, heights, width * 0.92, color=DTYPE_COLOURS[dtype], label=dtype)
         axes.errorbar(places, heights, yerr=ends, fmt="none", ecolor="#333333", elinewidth=0.8)
         bars += [(x, height, height + end) for x, height, end in zip(places, heights, ends[1], strict=True)]
-        for x, name in zip(places, names, strict=True):
+        for x, name in zip(places, (name for name in names if name in found), strict=True):
             seconds = found[name]["seconds"]
             if COMPILED in seconds:
                 quotient = seconds[EAGER]["median"] / seconds[COMPILED]["median"]
@@ -90,15 +96,14 @@ def draw_bars(axes: Axes, records: list[Record], step: str, dtypes: list[str]) -
     axes.set_ylabel("torch's time / relu_ext's")
 
 
-def speedup(results: Record, operation: str, path: Path) -> None:
-    records = rows(results, "speed", operation=operation)
+def speedup(results: Record, records: list[Record], what: str, path: Path) -> None:
     steps, dtypes = present(records, "step", STEPS), present(records, "dtype", DTYPES)
     figure, grid = plt.subplots(len(steps), 1, figsize=(11, 3.2 * len(steps) + 1), squeeze=False, layout="constrained")
     for axes, step in zip(grid.flat, steps, strict=True):
         draw_bars(axes, records, step, dtypes)
     grid[0, 0].plot([], [], marker="D", color=ORANGE, markeredgecolor="black", linestyle="", label="torch.compile")
     grid[0, 0].legend(ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
-    save(figure, results, f"{operation}: speed-up over eager torch, higher is faster", path)
+    save(figure, results, f"{what}: speed-up over eager torch, higher is faster", path)
 
 
 def draw_line(axes: Axes, records: list[Record], seconds: Any, **style: Any) -> None:
@@ -156,61 +161,87 @@ def bandwidth(results: Record, operation: str, path: Path) -> None:
     save(figure, results, f"{operation}: bandwidth against size (squares: shapes of networks)", path)
 
 
-def kept(results: Record, path: Path) -> None:
-    records = rows(results, "kept")
-    sides = [side for side in SIDES if any(side in record["bytes_per_element"] for record in records)]
-    figure, axes = plt.subplots(figsize=(9, 0.75 * len(records) + 1.9), layout="constrained")
+def draw_kept(axes: Axes, records: list[Record], operations: list[str], sides: list[str]) -> None:
     height = 0.8 / len(sides)
     for i, side in enumerate(sides):
-        known = [(y, r["bytes_per_element"][side]) for y, r in enumerate(records) if side in r["bytes_per_element"]]
-        places = [y - 0.4 + (i + 0.5) * height for y, _ in known]
-        bars = axes.barh(places, [count for _, count in known], height * 0.92, color=SIDES[side], label=side)
-        axes.bar_label(bars, [f"{count:g}" for _, count in known], padding=4)
-    axes.set_yticks(range(len(records)), [f"{record['operation']}\n{record['dtype']}" for record in records])
-    axes.invert_yaxis()
+        known = [r for r in records if side in r["bytes_per_element"]]
+        places = [operations.index(r["operation"]) - 0.4 + (i + 0.5) * height for r in known]
+        counts = [r["bytes_per_element"][side] for r in known]
+        bars = axes.barh(places, counts, height * 0.92, color=SIDES[side], label=side)
+        axes.bar_label(bars, [f"{count:.4g}" for count in counts], padding=4, fontsize=8)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("bytes per element that the layer alone keeps")
-    axes.legend(loc="lower right")
-    save(figure, results, "Kept for backward", path)
+    axes.margins(x=0.14)
+
+
+def kept(results: Record, path: Path) -> None:
+    records = rows(results, "kept")
+    operations = list(dict.fromkeys(record["operation"] for record in records))
+    dtypes = present(records, "dtype", DTYPES)
+    sides = [side for side in SIDES if any(side in record["bytes_per_element"] for record in records)]
+    size = (max(9, 3.5 * len(dtypes) + 1), 0.6 * len(operations) + 1.9)
+    shared = {"squeeze": False, "layout": "constrained", "sharex": True, "sharey": True}
+    figure, grid = plt.subplots(1, len(dtypes), figsize=size, **shared)
+    for axes, dtype in zip(grid.flat, dtypes, strict=True):
+        draw_kept(axes, [record for record in records if record["dtype"] == dtype], operations, sides)
+        axes.set_title(dtype, loc="left")
+        axes.set_xlabel("bytes an element")
+    grid[0, 0].set_yticks(range(len(operations)), operations)
+    grid[0, 0].set_ylim(len(operations) - 0.4, -0.6)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    save(figure, results, "Kept for backward by the layer alone", path)
 
 
 def draw_curve(axes: Axes, name: str, function: Any) -> None:
-    x = torch.linspace(-4, 4, 1601, requires_grad=True)
+    x = torch.linspace(-SPAN, SPAN, 2801, dtype=torch.float64, requires_grad=True)
     y = function(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
-    at = x.detach()
-    axes.fill_between(at, 0, 1, where=slope == 0, color="#f3e0d8", transform=axes.get_xaxis_transform(), linewidth=0)
-    # A derivative that jumps has no slope there: break its line.
-    broken = slope.clone()
-    broken[1:][(slope.diff().abs() > 0.1)] = float("nan")
-    axes.plot(at, y.detach(), color=BLUE, linewidth=2.2, label="value")
-    axes.plot(at, broken, color=ORANGE, linewidth=2.2, linestyle="--", label="derivative")
-    axes.fill_between([], [], color="#f3e0d8", label="derivative exactly 0: no gradient passes")
+    at, y = x.detach(), y.detach()
+    dead = slope == 0
+    bands = {"vanishing": (slope.abs() < VANISHING) & ~dead, "dead": dead}
+    for band, where in bands.items():
+        axes.fill_between(at, 0, 1, where=where, transform=axes.get_xaxis_transform(), linewidth=0, **BANDS[band])
+    # A line that jumps is broken there.
+    value, derivative = (line.where(line.diff(append=line[-1:]).abs() < 0.08, float("nan")) for line in (y, slope))
     axes.axhline(0, color=GREY, linewidth=0.7)
     axes.axvline(0, color=GREY, linewidth=0.7)
-    axes.set_ylim(-1.25, 3)
-    axes.set_title(f"{name}: derivative at 4: {slope[-1].item():.2g}, at -4: {slope[0].item():.2g}", fontsize=9.5)
+    axes.plot(at, value, color=BLUE, linewidth=2.2, label="value")
+    axes.plot(at, derivative, color=RED, linewidth=1.8, linestyle=(0, (4, 1.2)), label="derivative")
+    axes.set_title(name, loc="left")
 
 
 def curves(results: Record, path: Path) -> None:
-    functions = {operation.name: operation.function.ours for operation in OPERATIONS if operation.operands == 1}
-    functions |= {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
-    columns = min(4, len(functions))
-    lines = -(-len(functions) // columns)
-    size = (4 * columns, 3.3 * lines + 1.1)
-    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", sharex=True)
+    functions = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    for operation in OPERATIONS:
+        functions |= {operation.name: operation.function.ours} if operation.operands is one_input else operation.curve
+    columns = 5
+    lines = len(functions) // columns + 1  # and a place for the legend
+    size = (2.6 * columns, 2.3 * lines + 0.8)
+    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", sharex=True, sharey=True)
     for axes, (name, function) in zip(grid.flat, functions.items(), strict=False):
         draw_curve(axes, name, function)
-    for axes in grid.flat[len(functions) :]:
-        axes.set_visible(False)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    save(figure, results, "Value and derivative", path)
+    grid[0, 0].set(xlim=(-SPAN, SPAN), ylim=(-2.2, 6.8), xticks=range(-6, 7, 3), yticks=range(-2, 7, 2))
+    places = list(grid.flat[len(functions) :])
+    for axes in places:
+        axes.set_axis_off()
+    for axes in grid.flat[len(functions) - columns : len(functions)]:
+        axes.tick_params(labelbottom=True)
+    keys = [*grid[0, 0].get_lines()[2:], *(Patch(**band) for band in BANDS.values())]
+    places[0].legend(handles=keys, loc="center left", fontsize=10.5).set_in_layout(False)
+    save(figure, results, "Value and derivative, by autograd", path)
 
 
 def draw(results: Record, out: Path, name: str) -> None:
-    for operation in dict.fromkeys(record["operation"] for record in rows(results, "speed")):
-        speedup(results, operation, out / f"{name}-speedup-{operation}.png")
-        bandwidth(results, operation, out / f"{name}-bandwidth-{operation}.png")
+    speed = rows(results, "speed")
+    for operation in dict.fromkeys(record["operation"] for record in speed):
+        records = rows(results, "speed", operation=operation)
+        if len({record["shape"] for record in records}) > 2:
+            speedup(results, records, operation, out / f"{name}-speedup-{operation}.png")
+            bandwidth(results, operation, out / f"{name}-bandwidth-{operation}.png")
+    for shape in dict.fromkeys(record["shape"] for record in speed):
+        records = [record | {"shape": record["operation"]} for record in speed if record["shape"] == shape]
+        if len({record["operation"] for record in records}) > 1:
+            path = out / f"{name}-speedup-family-{shape.replace(' ', '-')}.png"
+            speedup(results, records, f"The family, {shape} elements", path)
     if rows(results, "kept"):
         kept(results, out / f"{name}-kept.png")
     curves(results, out / f"{name}-curves.png")

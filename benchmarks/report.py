@@ -79,7 +79,7 @@ def kept_table(records: list[Record]) -> Table:
         table.add_column(heading, justify="left" if heading in ("operation", "dtype") else "right")
     for record in records:
         kept = record["bytes_per_element"]
-        counts = (f"{kept[side]:g}" if side in kept else "" for side in sides)
+        counts = (f"{kept[side]:.4g}" if side in kept else "" for side in sides)
         table.add_row(record["operation"], record["dtype"], *counts, f"1/{1 / record['ratio']:g}")
     return table
 
