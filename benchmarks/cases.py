@@ -211,7 +211,7 @@ NETWORK_SHAPES = (
 )
 
 
-SMALL = 2**20  # elements: in the last-level cache of every machine that matters
+SMALL = 2**20  # elements; in the last-level cache of most machines
 
 
 def size_name(elements: int) -> str:
