@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,31 +82,15 @@ class Operation:
         }[step]
 
 
-def coming() -> Iterator[Operation]:
-    """Rows of what relu_ext may not have yet. They belong into OPERATIONS, without a condition, once it has them."""
-    if hasattr(relu_ext, "prelu"):
-        prelu = Operation(
-            name="prelu",
-            torch_name="F.prelu",
-            function=Pair(relu_ext.prelu, F.prelu),
-            operands=one_weight,
-            curve={"prelu, weight 0.25": lambda x: relu_ext.prelu(x, x.new_tensor([0.25]))},
-            backward_passes=3,
-            ulps=4,
-        )
-        yield prelu
-        yield replace(prelu, name="prelu_channels", operands=channel_weights, curve={})
-    if hasattr(relu_ext, "reglu"):
-        yield Operation(
-            name="reglu",
-            torch_name="relu(gate) * up",
-            function=Pair(relu_ext.reglu, lambda gate, up: torch.relu(gate) * up),
-            operands=halves,
-            curve={"reglu, up = 1": lambda x: relu_ext.reglu(x, torch.ones_like(x))},
-            forward_passes=3,
-            backward_passes=5,
-        )
-
+PRELU = Operation(
+    name="prelu",
+    torch_name="F.prelu",
+    function=Pair(relu_ext.prelu, F.prelu),
+    operands=one_weight,
+    curve={"prelu, weight 0.25": lambda x: relu_ext.prelu(x, x.new_tensor([0.25]))},
+    backward_passes=3,
+    ulps=4,
+)
 
 OPERATIONS = (
     Operation(
@@ -186,7 +170,17 @@ OPERATIONS = (
         backward_passes=3,
         ulps=1,
     ),
-    *coming(),
+    PRELU,
+    replace(PRELU, name="prelu_channels", operands=channel_weights, curve={}),
+    Operation(
+        name="reglu",
+        torch_name="relu(gate) * up",
+        function=Pair(relu_ext.reglu, lambda gate, up: torch.relu(gate) * up),
+        operands=halves,
+        curve={"reglu, up = 1": lambda x: relu_ext.reglu(x, torch.ones_like(x))},
+        forward_passes=3,
+        backward_passes=5,
+    ),
 )
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from composing import FORMS, assert_all_same, leaf, numbers, output_and_gradient
+from composing import assert_all_same, forms_of, leaf, numbers, output_and_gradient
 from operations import REPRESENTATIVE, assert_same
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
@@ -66,7 +66,7 @@ def forward_and_backward(relu):
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(operation, device, mode):
     input, grad = leaf(5, 7, device=device), numbers(5, 7, device=device, seed=1)
-    for form in FORMS.values():
+    for form in forms_of(operation):
         ours, theirs = (make_fx(forward_and_backward(f), tracing_mode=mode)(input, grad) for f in form(operation))
         assert ours.code == theirs.code
         assert "relu_ext" not in ours.code
@@ -93,7 +93,7 @@ def test_tensors_without_data(operation, mode):
     fake = FakeTensorMode()
     with fake if mode == "fake" else contextlib.nullcontext():
         for tensor in (numbers(5, 7), numbers(5, 7).t(), numbers(5, 7)[:, 2:4], numbers(0, 3)):
-            for form in FORMS.values():
+            for form in forms_of(operation):
                 results = [
                     forward_and_backward(f)(hollow(tensor).requires_grad_(), hollow(tensor)) for f in form(operation)
                 ]
@@ -186,7 +186,7 @@ def test_script(operation, device):
 
 def test_trace(operation, device):
     input = numbers(5, 7, device=device)
-    for form in FORMS.values():
+    for form in forms_of(operation):
         ours, theirs = (torch.jit.trace(f, (numbers(5, 7, device=device),)) for f in form(operation))
         assert called(ours) == called(theirs)
         assert_all_same(output_and_gradient(reloaded(ours), input), output_and_gradient(theirs, input))
