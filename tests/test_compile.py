@@ -222,6 +222,8 @@ EAGER_FORMS = {
 
 @pytest.mark.parametrize("form", EAGER_FORMS.values(), ids=EAGER_FORMS)
 def test_compiled_autograd(operation, device, form):
+    if form is on_overlapping_views and not operation.keep:
+        pytest.skip("what the first keeps, the second overwrites, in torch too")
     ours, theirs = form(operation)
     input = numbers(5, 7, device=device)
     result, captures = captured(gradient, ours, input)
@@ -247,6 +249,7 @@ def test_compiled_autograd_of_other_sizes_and_layouts(operation, device):
             assert captures == 0
 
 
+@pytest.mark.one_node
 def test_compiled_autograd_with_hooks(operation, device):
     def function(relu):
         def run(input):

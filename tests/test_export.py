@@ -32,9 +32,11 @@ def network(relu):
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export(operation, strict, inplace):
+    options = {"inplace": inplace} if operation.in_place else {}
+
     def export(module):
         return torch.export.export(
-            network(module(inplace=inplace)), (torch.ones(4, 7),), strict=strict, dynamic_shapes=({0: Dim("batch")},)
+            network(module(**options)), (torch.ones(4, 7),), strict=strict, dynamic_shapes=({0: Dim("batch")},)
         )
 
     ours, theirs = export(operation.module), export(operation.torch_module)
@@ -47,7 +49,7 @@ def test_export(operation, strict, inplace):
     loaded = torch.export.load(file).module()
     for batch in (1, 4, 33):
         input = torch.randn(batch, 7)
-        expected = network(operation.torch_module(inplace=inplace))(input)
+        expected = network(operation.torch_module(**options))(input)
         assert_same(loaded(input), expected)
         assert_same(ours.module()(input), expected)
 
@@ -131,6 +133,7 @@ def test_symbolic_trace(operation):
     assert calls == symbolic_calls(lambda input: operation.definition_(input)) and len(calls) == 1
 
 
+@pytest.mark.in_place
 def test_symbolic_trace_of_the_function_itself(operation):
     """Then ``inplace`` is a symbol too."""
     traced = torch.fx.symbolic_trace(operation.function)

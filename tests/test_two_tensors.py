@@ -24,7 +24,7 @@ def moderate(*shape, dtype=torch.float32, device="cpu", seed=0):
 
 def lay_backwards(tensor):
     """Its last dimension becomes the one with the greatest stride."""
-    order = range(tensor.dim())[::-1]
+    order = tuple(range(tensor.dim())[::-1])
     return tensor.permute(order).contiguous().permute(order)
 
 
@@ -66,7 +66,7 @@ BOTH = {
     "rows and a half": lambda make: (make(9, 33), make(9, 66, seed=1).chunk(2, -1)[0]),
     "every other row": lambda make: (make(18, 33)[::2], make(9, 33, seed=1)),
     "one tensor": lambda make: (make(9, 33),) * 2,
-    "0-d": lambda make: (make(()[:0] or 1)[0], make(1, seed=1)[0]),
+    "0-d": lambda make: (make(1)[0], make(1, seed=1)[0]),
     "empty": lambda make: (make(3, 0, 2), make(3, 0, 2, seed=1)),
     "empty halves": lambda make: make(3, 0).chunk(2, -1),
 }

@@ -79,7 +79,6 @@ __global__ void __launch_bounds__(summing) prelu_runs_kernel(PreluBackward work,
   const int64_t end = begin + parts.places < parts.length ? begin + parts.places : parts.length;
   const Arithmetic<T> slope = widen(static_cast<const T*>(work.weight)[channel]);
   Arithmetic<T> sum{};
-#pragma unroll 4
   for (int64_t place = begin + threadIdx.x; place < end; place += summing)
     sum += backward_of<T>(work, slope, place_in_memory(work.channels, channel, place));
   sum = block_sum(sum);
