@@ -1,4 +1,4 @@
-"""The operations. The body of each function is its definition: one line of ATen.
+"""The operations. The body of each function is its definition: a line or two of ATen.
 
 That line is what the operation means. It runs whenever the kernels do not take the input, and compilers, exporters and
 TorchScript see nothing else; plain dense tensors in eager mode take the kernels.
@@ -224,7 +224,8 @@ def relu_squared(input: Tensor) -> Tensor:
     where the square loses digits or leaves the dtype's range, so does the gradient, down to 0 and up to inf. float16,
     whose squares underflow, keeps the input.
     """
-    return (r := torch.relu(input)) * r
+    root = torch.relu(input)
+    return root * root
 
 
 @_kernel(_C.prelu)

@@ -83,7 +83,7 @@ class ReLUSquared(torch.nn.Module):
 class ReGLU(torch.nn.Module):
     """The first half of ``input`` along ``dim``, rectified, times the second; see :func:`relu_ext.reglu`.
 
-    Arguments as :class:`torch.nn.GLU`. The size along ``dim`` must be even: ValueError.
+    Arguments as :class:`torch.nn.GLU`. Raises RuntimeError where the size along ``dim`` is odd.
     """
 
     def __init__(self, dim: int = -1) -> None:
@@ -91,10 +91,8 @@ class ReGLU(torch.nn.Module):
         self.dim = dim
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[self.dim] % 2:
-            raise ValueError(f"ReGLU halves dimension {self.dim}, but the input's shape is {tuple(input.shape)}")
-        gate, up = input.chunk(2, self.dim)
-        return reglu(gate, up)
+        halves = input.unflatten(self.dim, (2, -1)).unbind(self.dim if self.dim >= 0 else self.dim - 1)
+        return reglu(halves[0], halves[1])
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

@@ -279,7 +279,8 @@ def test_reglu_module(device):
     assert_same(module(input), gated(*input.chunk(2, -1)))
     assert_same(relu_ext.ReGLU(dim=0)(input[:2]), gated(input[:1], input[1:2]))
     assert repr(module) == "ReGLU(dim=-1)"
-    with pytest.raises(ValueError, match="halves dimension 1"):
+    assert_same(relu_ext.ReGLU(dim=2)(input), module(input))
+    with pytest.raises(RuntimeError, match="multiply up to the size of dim 1"):
         relu_ext.ReGLU(dim=1)(input)
 
 
@@ -340,6 +341,20 @@ def test_transforms(device, ours, theirs, build):
 def test_compile(device, ours, theirs, build):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(compiled, *build(device)), results(theirs, *build(device)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_script_and_trace(device):
+    """Functions and modules, ReLUSquared too, which has no form in place and so no part in other tests of these."""
+    reglu_, prelu_ = torch.jit.script(relu_ext.reglu), torch.jit.script(relu_ext.prelu)
+    assert_same(reglu_(*reglu_inputs(device)), gated(*reglu_inputs(device)))
+    assert_same(prelu_(*prelu_inputs(device)), F.prelu(*prelu_inputs(device)))
+    input = moderate(3, 4, device=device)
+    for module in (relu_ext.ReGLU(), relu_ext.PReLU(device=device), relu_ext.ReLUSquared()):
+        expected = module(input)
+        assert_same(torch.jit.script(module)(input), expected)
+        assert_same(torch.fx.symbolic_trace(module)(input), expected)
+    assert_same(torch.jit.script(relu_ext.relu_squared)(input), torch.relu(input) ** 2)
 
 
 @over_pairs

@@ -3,16 +3,18 @@
 The device itself (device.cpp) must be loaded before torch: run.py does that.
 """
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-# Of the tests that take `device`, those that cannot run here, each with its reason.
+# Of the tests that take `device`, those that cannot run here, by a pattern of their names, each with its reason.
 LEFT_OUT = {
-    "test_inductor_fuses_it_with_its_neighbours[": "Inductor writes Triton for a GPU, and there is nothing to run it",
-    "test_strided_nested_tensor[": "torch's strided nested tensors have kernels of their own, which a CPU build lacks",
-    "test_gradient_that_torch_refuses[relu-cuda-sparse]": "so have its sparse tensors",
+    r"^test_inductor_fuses_it_with_its_neighbours": "Inductor writes Triton for a GPU, and there is nothing to run it",
+    r"^test_strided_nested_tensor": "torch's strided nested tensors have kernels of their own, which a CPU build lacks",
+    r"^test_gradient_that_torch_refuses.*sparse": "so have its sparse tensors",
+    r"threshold\(0.*float16": "ATen on CUDA rounds the threshold to 16 bits; the CPU's, here, does not",
 }
 
 
@@ -48,7 +50,7 @@ def runs_here(item) -> bool:
         parameters.get("device") == "cuda"
         and parameters.get("isa", "portable") == "portable"
         and parameters.get("threads", 1) == 1
-        and not any(item.name.startswith(name) for name in LEFT_OUT)
+        and not any(re.search(pattern, item.name) for pattern in LEFT_OUT)
     )
 
 
