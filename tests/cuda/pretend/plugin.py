@@ -44,12 +44,19 @@ pretend_cuda()
 
 
 def runs_here(item) -> bool:
-    """With `device` as "cuda", and once: instruction sets and threads are the CPU's."""
+    """With `device` as "cuda", and once: instruction sets and threads are the CPU's.
+
+    Of the operations those that represent the others: what tells these apart is in the kernels, whose tests are
+    kernels.py's.
+    """
+    from operations import REPRESENTATIVE  # found from the first test's folder on
+
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return (
         parameters.get("device") == "cuda"
         and parameters.get("isa", "portable") == "portable"
         and parameters.get("threads", 1) == 1
+        and parameters.get("operation", REPRESENTATIVE[0]) in REPRESENTATIVE
         and not any(re.search(pattern, item.name) for pattern in LEFT_OUT)
     )
 
