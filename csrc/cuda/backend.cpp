@@ -28,21 +28,8 @@ void queue(const Work& work, int64_t numel) {
   C10_CUDA_CHECK(launch(work, numel, c10::cuda::getCurrentCUDAStream()));
 }
 
-// The allocator gives the workspace out again to work that is queued later, so it may go before the kernels have run.
-void queue_prelu_backward(const PreluBackward& work, int64_t numel) {
-  const at::Tensor workspace = empty({prelu_workspace(work, numel)}, at::kByte, at::MemoryFormat::Contiguous);
-  C10_CUDA_CHECK(prelu_backward(work, numel, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-}
-
 }  // namespace
 
-const Backend backend{empty,
-                      empty_strided,
-                      queue<Forward, forward>,
-                      queue<Backward, backward>,
-                      queue<Gated, gated>,
-                      queue<GatedBackward, gated_backward>,
-                      queue<Prelu, prelu>,
-                      queue_prelu_backward};
+const Backend backend{empty, empty_strided, queue<Forward, forward>, queue<Backward, backward>};
 
 }  // namespace relu_ext::cuda

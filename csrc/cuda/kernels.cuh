@@ -119,30 +119,6 @@ __device__ __forceinline__ void store_bits(const Part<T, Tile, full>& part, cons
   }
 }
 
-struct Division {
-  int64_t quotient, remainder;
-};
-// Of numbers that are not negative. A division of 64 bits takes several times as long as one of 32.
-__device__ __forceinline__ Division divide(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0) {
-    const uint32_t quotient = uint32_t(a) / uint32_t(b);
-    return {quotient, uint32_t(a) - quotient * uint32_t(b)};
-  }
-  const int64_t quotient = a / b;
-  return {quotient, a - quotient * b};
-}
-
-// The activation of one element after the other: the same for all, unless there is another cursor for its type.
-template <class Activation>
-struct Same {
-  const Activation& act;
-  __device__ __forceinline__ const Activation& next() { return act; }
-};
-template <class Activation>
-__device__ __forceinline__ Same<Activation> cursor(const Activation& act, int64_t) {
-  return {act};
-}
-
 template <class T, class Tile, bool aligned, bool with_bits, bool full, class Activation>
 __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* output, uint8_t* bits, int64_t numel) {
   const Part<T, Tile, full> part(numel);
@@ -153,14 +129,12 @@ __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* 
     values[k] = load<Tile::loads, aligned>(input + part.element(k), part.count(k));
 #pragma unroll
   for (int k = 0; k < Tile::vectors; ++k) {
-    auto acts = cursor(act, part.element(k));
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j) {
       T& value = values[k].lane[j];
       if constexpr (Activation::keeps_bits) {
-        const auto own = acts.next();
-        const bool keep = own.keep(value);
-        value = own.forward(value, keep);
+        const bool keep = act.keep(value);
+        value = act.forward(value, keep);
         kept[k] |= uint32_t(keep && j < part.count(k)) << j;
       } else {
         value = act.forward(value);
@@ -185,10 +159,9 @@ __device__ __forceinline__ void backward_tile(Activation act, const T* grad, con
 #pragma unroll
   for (int k = 0; k < Tile::vectors; ++k) {
     const uint32_t own = kept[k] >> Vector<T>::lanes * (threadIdx.x % sharers<T>);
-    auto acts = cursor(act, part.element(k));
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j)
-      values[k].lane[j] = acts.next().backward(values[k].lane[j], (own >> j & 1u) != 0);
+      values[k].lane[j] = act.backward(values[k].lane[j], (own >> j & 1u) != 0);
     store<Tile::stores, aligned>(output + part.element(k), part.count(k), values[k]);
   }
 }

@@ -10,12 +10,5 @@ namespace relu_ext::cuda {
 // Nothing waits for it. Returns what the launch returned.
 cudaError_t forward(const Forward&, int64_t numel, cudaStream_t);
 cudaError_t backward(const Backward&, int64_t numel, cudaStream_t);
-cudaError_t gated(const Gated&, int64_t numel, cudaStream_t);
-cudaError_t gated_backward(const GatedBackward&, int64_t numel, cudaStream_t);
-cudaError_t prelu(const Prelu&, int64_t numel, cudaStream_t);
-
-// By two kernels where the weight's gradient is wanted, which need so many bytes of device memory between them.
-int64_t prelu_workspace(const PreluBackward&, int64_t numel);
-cudaError_t prelu_backward(const PreluBackward&, int64_t numel, void* workspace, cudaStream_t);
 
 }  // namespace relu_ext::cuda
