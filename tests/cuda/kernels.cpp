@@ -7,15 +7,10 @@ using namespace relu_ext;
 
 extern "C" {
 
-int kernels_forward(int activation, const double* scalars, int dtype, const void* input, void* output, uint8_t* bits,
-                    int64_t numel, cudaStream_t stream) {
-  const Forward work{Activation(activation), {scalars[0], scalars[1]}, Dtype(dtype), input, output, bits};
+int kernels_forward(const Forward& work, int64_t numel, cudaStream_t stream) {
   return cuda::forward(work, numel, stream);
 }
-
-int kernels_backward(int activation, const double* scalars, int dtype, const void* grad, const uint8_t* bits,
-                     void* output, int64_t numel, cudaStream_t stream) {
-  const Backward work{Activation(activation), {scalars[0], scalars[1]}, Dtype(dtype), grad, bits, output};
+int kernels_backward(const Backward& work, int64_t numel, cudaStream_t stream) {
   return cuda::backward(work, numel, stream);
 }
 

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from ctypes import c_double, c_int, c_int64, c_uint, c_uint64, c_void_p
+from ctypes import c_double, c_int64, c_uint, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,7 @@ def bfloat16_elements(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
 
 
+@cache
 def names_of(enum: str) -> list[str]:
     """An enum's names in csrc/kernels.h, in order."""
     text = (ROOT / "csrc" / "kernels.h").read_text()
@@ -131,21 +132,64 @@ DTYPES = [
 
 @dataclass(frozen=True)
 class Activation:
-    """The maths of an activation again, in NumPy. Elements come and go as integers, so that every bit counts."""
+    """The maths of an activation again, in NumPy. Elements come and go as integers, so that every bit counts.
+
+    Those that keep bits have `keep`, and give and take it; the others are differentiated from each of `kept`.
+    """
 
     name: str
-    keep: Callable  # (dtype, values of `arithmetic`) -> bool
-    forward: Callable  # (dtype, elements, keep) -> elements
-    backward: Callable  # (dtype, elements, keep) -> elements
-    scalars: tuple[float, float] = (0.0, 0.0)
+    forward: Callable  # (dtype, elements, keep) -> elements, or (dtype, elements) -> Range
+    backward: Callable  # (dtype, grad, keep) -> elements, or (dtype, grad, kept, "input" or "output") -> Range
+    keep: Callable | None = None  # (dtype, values of `arithmetic`) -> bool
+    scalars: tuple[float, float, float] = (0.0, 0.0, 0.0)
     computes: bool = False  # then one NaN is as good as another
 
     @cached_property
     def code(self) -> int:
         return names_of("Activation").index(self.name)
 
+    @property
+    def kept(self) -> list[str]:
+        return ["bits"] if self.keep else ["input", "output"]
+
     def __str__(self):
         return f"{self.name}{self.scalars if any(self.scalars) else ''}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The elements that are right: from low to high as values, of any width, whose rounding keeps their order.
+
+    NaN where both are; NaN too where high alone is, because it hangs on the last digit.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+
+    def wrong(self, dtype: Dtype, elements: np.ndarray) -> np.ndarray:
+        values = dtype.values(elements)
+        with np.errstate(over="ignore"):
+            low, high = (dtype.values(dtype.elements(x.astype(dtype.arithmetic))) for x in (self.low, self.high))
+        outside = (values < low) | (values > high) | np.isnan(low)
+        return np.where(np.isnan(values), ~np.isnan(high), outside)
+
+    @classmethod
+    def around(cls, low: np.ndarray, high: np.ndarray, ulps: float, arithmetic: type) -> "Range":
+        return cls(low - ulps * ulp(low, arithmetic), high + ulps * ulp(high, arithmetic))
+
+    def times(self, factor: np.ndarray, arithmetic: type) -> "Range":
+        """Rounded once, to either side."""
+        ends = self.low * factor, self.high * factor
+        return self.around(np.fmin(*ends), np.maximum(*ends), 1, arithmetic)
+
+    def where(self, inside: np.ndarray, otherwise: np.ndarray) -> "Range":
+        return Range(*(np.where(inside, bound, otherwise) for bound in (self.low, self.high)))
+
+
+def ulp(values: np.ndarray, arithmetic: type) -> np.ndarray:
+    """A unit in the last place, 0 where there is none; long double, so that sums with it are of that width."""
+    spacing = np.spacing(np.abs(values).astype(arithmetic)).astype(np.longdouble)
+    return np.where(np.isfinite(spacing), spacing, 0)
 
 
 def zero_elsewhere(dtype, elements, keep):
@@ -162,7 +206,7 @@ def hardtanh(low, high):
         is_low = dtype.values(elements).astype(dtype.arithmetic) <= dtype.arithmetic(low)
         return np.where(keep, elements, np.where(is_low, dtype.rounded(low), dtype.rounded(high)))
 
-    return Activation("hardtanh", keep, forward, zero_elsewhere, (low, high))
+    return Activation("hardtanh", forward, zero_elsewhere, keep, (low, high, 0.0))
 
 
 def threshold(threshold, value):
@@ -174,26 +218,86 @@ def threshold(threshold, value):
     def forward(dtype, elements, keep):
         return np.where(keep, elements, dtype.rounded(value))
 
-    return Activation("threshold", keep, forward, zero_elsewhere, (threshold, value))
+    return Activation("threshold", forward, zero_elsewhere, keep, (threshold, value, 0.0))
+
+
+def widened(dtype, elements):
+    return dtype.values(elements).astype(dtype.arithmetic)
 
 
 def leaky_relu(slope):
     def scaled_elsewhere(dtype, elements, keep):
         with np.errstate(all="ignore"):
-            scaled = dtype.values(elements).astype(dtype.arithmetic) * dtype.arithmetic(slope)
+            scaled = widened(dtype, elements) * dtype.arithmetic(slope)
             return np.where(keep, elements, dtype.elements(scaled))
 
     return Activation(
-        "leaky_relu", lambda dtype, values: values > 0, scaled_elsewhere, scaled_elsewhere, (slope, 0.0), True
+        "leaky_relu", scaled_elsewhere, scaled_elsewhere, lambda dtype, values: values > 0, (slope, 0.0, 0.0), True
     )
+
+
+# In emulation csrc/exponential.h computes it, to within 1.3 units in the last place; on a GPU, CUDA does.
+EXPONENTIAL_ULPS = 1.5
+
+
+def elu(alpha, scale, input_scale):
+    """The exponential in long double; every product is rounded once, from the output exactly as NumPy rounds it."""
+
+    def constants(dtype):
+        X = dtype.arithmetic
+        return X(scale), X(alpha) * X(scale), X(input_scale)
+
+    def forward(dtype, elements):
+        positive, negative, inner = constants(dtype)
+        with np.errstate(all="ignore"):
+            x = widened(dtype, elements)
+            below = np.expm1((x * inner).astype(np.longdouble))
+            about = Range.around(below, below, EXPONENTIAL_ULPS, dtype.arithmetic)
+            return about.times(negative, dtype.arithmetic).where(x < 0, x * positive)
+
+    def backward(dtype, grad, elements, kept):
+        positive, negative, inner = constants(dtype)
+        with np.errstate(all="ignore"):
+            g, x = widened(dtype, grad), widened(dtype, elements)
+            if kept == "output":
+                product = np.where(x <= 0, g * inner * (x + negative), g * positive)
+                return Range(product, product)
+            slope = np.exp((x * inner).astype(np.longdouble))
+            about = Range.around(slope, slope, EXPONENTIAL_ULPS, dtype.arithmetic).times(negative, dtype.arithmetic)
+            above_zero = Range(about.low.clip(0), about.high)
+            return above_zero.times((g * inner).astype(np.longdouble), dtype.arithmetic).where(x <= 0, g * positive)
+
+    return Activation("elu", forward, backward, None, (alpha, scale, input_scale), True)
+
+
+def rectified(x):
+    return np.where(x <= 0, x.dtype.type(0), x)
+
+
+def relu_squared():
+    def forward(dtype, elements):
+        with np.errstate(all="ignore"):
+            square = rectified(widened(dtype, elements)) ** 2
+        return Range(square, square)
+
+    def backward(dtype, grad, elements, kept):
+        with np.errstate(all="ignore"):
+            x = widened(dtype, elements)
+            root = rectified(x) if kept == "input" else widened(dtype, dtype.elements(np.sqrt(x)))
+            product = np.where(root <= 0, dtype.arithmetic(0), widened(dtype, grad) * root * dtype.arithmetic(2))
+        return Range(product, product)
+
+    return Activation("relu_squared", forward, backward, computes=True)
 
 
 # Numbers that no 16-bit type has: 0.1 is above the nearest bfloat16... and below the nearest float16.
 ACTIVATIONS = [
-    Activation("relu", lambda dtype, values: ~(values <= 0), zero_elsewhere, zero_elsewhere),
+    Activation("relu", zero_elsewhere, zero_elsewhere, lambda dtype, values: ~(values <= 0)),
     hardtanh(-0.3, 0.7),
     threshold(0.1, -0.7),
     leaky_relu(-0.3),
+    elu(1.3, 0.9, 0.7),
+    relu_squared(),
 ]
 
 
@@ -207,26 +311,42 @@ class Launch(ctypes.Structure):
     _fields_ = [("stream", c_void_p), ("grid", Dim3), ("block", Dim3)]
 
 
+class Forward(ctypes.Structure):
+    """Of csrc/kernels.h, as are those that follow."""
+
+    _fields_ = [
+        *[("activation", c_uint8), ("scalars", c_double * 3), ("dtype", c_uint8)],
+        *[("input", c_void_p), ("output", c_void_p), ("bits", c_void_p)],
+    ]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        *[("activation", c_uint8), ("scalars", c_double * 3), ("dtype", c_uint8), ("kept_as", c_uint8)],
+        *[("grad", c_void_p), ("kept", c_void_p), ("output", c_void_p)],
+    ]
+
+
 class Kernels:
     """The launchers of a built library; memory is given by its address."""
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        pointers = {"forward": [c_void_p] * 3, "backward": [c_void_p] * 3}
-        for name, types in pointers.items():
-            function = getattr(self.library, f"kernels_{name}")
-            function.argtypes = [c_int, ctypes.POINTER(c_double), c_int, *types, c_int64, c_void_p]
         self.library.emulator_launches.restype = c_int64
         self.library.emulator_last_launch.restype = ctypes.POINTER(Launch)
         self.library.emulator_run_only.argtypes = [ctypes.POINTER(c_uint64), c_uint64]
 
-    def forward(self, activation, dtype, input, output, bits, numel, stream=None) -> int:
-        scalars = (c_double * 2)(*activation.scalars)
-        return self.library.kernels_forward(activation.code, scalars, dtype.code, input, output, bits, numel, stream)
+    def launch(self, name: str, work: ctypes.Structure, numel: int, stream=None) -> int:
+        return self.library[f"kernels_{name}"](ctypes.byref(work), c_int64(numel), c_void_p(stream))
 
-    def backward(self, activation, dtype, grad, bits, output, numel, stream=None) -> int:
-        scalars = (c_double * 2)(*activation.scalars)
-        return self.library.kernels_backward(activation.code, scalars, dtype.code, grad, bits, output, numel, stream)
+    def forward(self, activation, dtype, input, output, bits, numel, stream=None) -> int:
+        work = Forward(activation.code, activation.scalars, dtype.code, input, output, bits)
+        return self.launch("forward", work, numel, stream)
+
+    def backward(self, activation, dtype, kept_as, grad, kept, output, numel, stream=None) -> int:
+        how = names_of("Kept").index(kept_as)
+        work = Backward(activation.code, activation.scalars, dtype.code, how, grad, kept, output)
+        return self.launch("backward", work, numel, stream)
 
     @property
     def launches(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernels import ACTIVATIONS, DTYPES, Kernels, Memory, build_library, names_of
+from kernels import ACTIVATIONS, DTYPES, Kernels, Memory, Range, build_library, names_of, widened
 
 KERNELS = Kernels(Path(os.environ.get("EMULATED_LIBRARY") or build_library("plain")))
 STREAM = 0x5EA
@@ -57,7 +57,7 @@ def random_bits(count, seed=0):
 
 def kept(activation, dtype, elements):
     with np.errstate(invalid="ignore"):
-        return activation.keep(dtype, dtype.values(elements).astype(dtype.arithmetic))
+        return activation.keep(dtype, widened(dtype, elements))
 
 
 def unpacked(bits, count):
@@ -70,7 +70,11 @@ def assert_same(ours, expected):
 
 
 def assert_elements(ours, expected, activation, dtype):
-    """Every bit; but where the activation computes, any NaN for any other."""
+    """Every bit; but where the activation computes, any NaN for any other, or what a Range admits."""
+    if isinstance(expected, Range):
+        wrong = expected.wrong(dtype, ours)
+        assert not wrong.any(), (dtype.values(ours)[wrong], expected.low[wrong], expected.high[wrong])
+        return
     if activation.computes:
         ours, expected = (
             np.where(np.isnan(dtype.values(x)), dtype.word(dtype.infinity + 1), x) for x in (ours, expected)
@@ -100,43 +104,50 @@ def check_forward(activation, dtype, input, output, bits, spans):
     address = None if bits is None else bits.address
     launch_once(KERNELS.forward, activation, dtype, input.address, output.address, address, len(input.elements))
     for span, before in zip(spans, elements, strict=True):
-        keep = kept(activation, dtype, before)
-        assert_elements(output.elements[span], activation.forward(dtype, before, keep), activation, dtype)
+        keep = [kept(activation, dtype, before)] if activation.keep else []
+        assert_elements(output.elements[span], activation.forward(dtype, before, *keep), activation, dtype)
         if bits is not None:
-            assert_same(bits.elements[bytes_of(span)], np.packbits(keep, bitorder="little"))
+            assert_same(bits.elements[bytes_of(span)], np.packbits(*keep, bitorder="little"))
         if output is not input:
             assert_same(input.elements[span], before)
     assert all(memory is None or memory.intact() for memory in (input, output, bits))
 
 
-def check_backward(activation, dtype, grad, bits, output, spans):
+def check_backward(activation, dtype, kept_as, grad, kept, output, spans):
     """These spans of elements; output may be grad."""
+    kept_spans = [bytes_of(span) if kept_as == "bits" else span for span in spans]
     elements = [grad.elements[span].copy() for span in spans]
-    bytes_before = [bits.elements[bytes_of(span)].copy() for span in spans]
-    launch_once(KERNELS.backward, activation, dtype, grad.address, bits.address, output.address, len(grad.elements))
-    for span, before, bits_before in zip(spans, elements, bytes_before, strict=True):
-        expected = activation.backward(dtype, before, unpacked(bits_before, len(before)))
-        assert_elements(output.elements[span], expected, activation, dtype)
-        assert_same(bits.elements[bytes_of(span)], bits_before)
+    kept_before = [kept.elements[span].copy() for span in kept_spans]
+    addresses = grad.address, kept.address, output.address
+    launch_once(KERNELS.backward, activation, dtype, kept_as, *addresses, len(grad.elements))
+    for span, kept_span, before, other in zip(spans, kept_spans, elements, kept_before, strict=True):
+        what = [unpacked(other, len(before))] if kept_as == "bits" else [other, kept_as]
+        assert_elements(output.elements[span], activation.backward(dtype, before, *what), activation, dtype)
+        assert_same(kept.elements[kept_span], other)
         if output is not grad:
             assert_same(grad.elements[span], before)
-    assert all(memory.intact() for memory in (grad, bits, output))
+    assert all(memory.intact() for memory in (grad, kept, output))
 
 
 def check(activation, dtype, elements, bits, elements_at=0, output_at=0, bits_at=0):
-    """Out of place and in place, forward with and without bits, and backward from these bits.
+    """Out of place and in place, forward with and without bits, and backward from these bits or from elements.
 
-    ..._at: how many bytes past a multiple of 16 the memory is. The same elements serve as input and as gradients.
+    ..._at: how many bytes past a multiple of 16 the memory is. The same elements serve as input and as gradients, in
+    reverse as what is kept.
     """
     for in_place in (False, True):
-        for with_bits in (False, True):
+        for with_bits in (False, True) if activation.keep else (False,):
             input = Memory(elements, elements_at)
             output = input if in_place else Memory.unwritten(len(elements), dtype.word, output_at)
             written = Memory.unwritten(len(bits), np.uint8, bits_at) if with_bits else None
             check_forward(activation, dtype, input, output, written, whole(input))
-        grad = Memory(elements, elements_at)
-        output = grad if in_place else Memory.unwritten(len(elements), dtype.word, output_at)
-        check_backward(activation, dtype, grad, Memory(bits, bits_at), output, whole(grad))
+        for kept_as in activation.kept:
+            grad = Memory(elements, elements_at)
+            output = grad if in_place else Memory.unwritten(len(elements), dtype.word, output_at)
+            kept = (
+                Memory(bits, bits_at) if kept_as == "bits" else Memory(elements[::-1], bits_at * dtype.bytes % VECTOR)
+            )
+            check_backward(activation, dtype, kept_as, grad, kept, output, whole(grad))
 
 
 def check_length(activation, dtype, count, **places):
@@ -167,20 +178,26 @@ def check_blocks(activation, dtype, count, blocks, per_block, at=0):
     """
     spans = [slice(block * per_block, min((block + 1) * per_block, count)) for block in blocks]
     input, output = (Reserved(count, dtype.word, at) for _ in range(2))
-    bits = Reserved((count + 7) // 8, np.uint8)
+    bits = Reserved((count + 7) // 8, np.uint8) if activation.keep else None
 
-    def fill(memory):
+    def fill(memory, seed=0):
         for span in spans:
-            memory.elements[span] = random_elements(span.stop - span.start, dtype, seed=span.start)
+            memory.elements[span] = random_elements(span.stop - span.start, dtype, seed=span.start + seed)
 
     with KERNELS.only_blocks(blocks):
         fill(input)
         check_forward(activation, dtype, input, output, None, spans)
         assert KERNELS.last_launch.grid.x == -(-count // per_block)
-        check_forward(activation, dtype, input, output, bits, spans)
-        check_backward(activation, dtype, input, bits, output, spans)
-        check_backward(activation, dtype, input, bits, input, spans)
-        for bits_in_place in (None, bits):
+        if bits:
+            check_forward(activation, dtype, input, output, bits, spans)
+        kept = bits or Reserved(count, dtype.word, at)
+        for kept_as in activation.kept:
+            if kept_as != "bits":
+                fill(input)
+                fill(kept, seed=1)
+            check_backward(activation, dtype, kept_as, input, kept, output, spans)
+            check_backward(activation, dtype, kept_as, input, kept, input, spans)
+        for bits_in_place in {None, bits}:
             fill(input)
             check_forward(activation, dtype, input, input, bits_in_place, spans)
 
@@ -263,10 +280,12 @@ def test_more_than_2_to_the_32_elements(activation, dtype, aligned):
 def test_every_block_around_the_change_of_tiles(activation, dtype):
     start = large_from(dtype)
     for count in (start - 1, start + 3001):
-        elements, bits = random_elements(count, dtype), Memory.unwritten((count + 7) // 8, np.uint8)
+        elements = random_elements(count, dtype)
+        bits = Memory.unwritten((count + 7) // 8, np.uint8) if activation.keep else None
         input, output = Memory(elements), Memory.unwritten(count, dtype.word)
         check_forward(activation, dtype, input, output, bits, whole(input))
-        check_backward(activation, dtype, input, bits, output, whole(input))
+        for kept_as in activation.kept:
+            check_backward(activation, dtype, kept_as, input, bits or Memory(elements[::-1]), output, whole(input))
 
 
 def test_launches_from_several_threads(activation, dtype):
