@@ -113,6 +113,11 @@ struct LeakyRelu {
     const T scaled = narrow<T>(widen(grad) * slope);
     return select(keep, grad, scaled);
   }
+  // What this element adds to the slope's gradient.
+  RELU_EXT_INLINE Arithmetic<T> slope_gradient(T grad, T input, bool keep) const {
+    const Arithmetic<T> product = widen(grad) * widen(input);
+    return select(keep, Arithmetic<T>{}, product);
+  }
 };
 
 // input > 0 ? scale * input : scale * alpha * (exp(input_scale * input) - 1); scalars: alpha, scale, input_scale >= 0.

@@ -71,8 +71,7 @@ RELU_EXT_INLINE void backward_loop(const X* slopes, const T* grad, const T* inpu
   for (int j = 0; j < count; ++j) {
     const LeakyRelu<T, Device::cpu> act(slopes[j]);
     const bool keep = act.keep(input[j]);
-    const X product = widen(grad[j]) * widen(input[j]);
-    terms[j] = select(keep, X{}, product);
+    terms[j] = act.slope_gradient(grad[j], input[j], keep);
     output[j] = act.backward(grad[j], keep);
   }
 }

@@ -1,11 +1,11 @@
 // From a description of the work to the kernel that does it, and its launch.
 #include <cstdint>
-#include <initializer_list>
 #include <type_traits>
 
 #include "../dispatch.h"
 #include "kernels.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace relu_ext::cuda {
 namespace {
@@ -20,19 +20,6 @@ using Small = Tile<256, 1>;
 // H200) or 148 (B200) multiprocessors.
 constexpr int64_t blocks_at_once = 1024;
 
-template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-                   std::common_type_t<Parameters>... arguments) {
-  void* pointers[] = {&arguments...};
-  return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream);
-}
-
-bool are_aligned(std::initializer_list<const void*> pointers) {
-  uintptr_t all = 0;
-  for (const void* pointer : pointers) all |= reinterpret_cast<uintptr_t>(pointer);
-  return all % 16 == 0;
-}
-
 // body(T{}, act, Tile{}, aligned), all of them types but for what act holds.
 template <class Work, class Body>
 cudaError_t with_types(const Work& work, int64_t numel, bool is_aligned, Body body) {
@@ -45,11 +32,6 @@ cudaError_t with_types(const Work& work, int64_t numel, bool is_aligned, Body bo
       return body(element, act, Large{}, std::true_type{});
     });
   });
-}
-
-template <class T, class Tile>
-int64_t blocks(int64_t numel) {
-  return (numel - 1) / elements_of<T, Tile> + 1;
 }
 
 }  // namespace

@@ -30,21 +30,21 @@ struct Tile {
   static_assert(threads % warp == 0 && (vectors & (vectors - 1)) == 0);
 };
 
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int lanes = 16 / sizeof(T);
+template <class T, int lanes_ = int(16 / sizeof(T))>
+struct alignas(lanes_ * sizeof(T)) Vector {
+  static constexpr int lanes = lanes_;
   T lane[lanes];
 };
 
-template <class T, class Tile>
-constexpr int64_t elements_of = int64_t(Tile::threads) * Tile::vectors * Vector<T>::lanes;
+template <class T, class Tile, int lanes = Vector<T>::lanes>
+constexpr int64_t elements_of = int64_t(Tile::threads) * Tile::vectors * lanes;
 
 // Vectors with one byte of bits between them: those of neighbouring lanes.
 template <class T>
 constexpr int sharers = Vector<T>::lanes < 8 ? 8 / Vector<T>::lanes : 1;
 
 // A thread's part of a block's tile. `full`: no element of the block is past the end.
-template <class T, class Tile, bool full>
+template <class T, class Tile, bool full, int lanes = Vector<T>::lanes>
 struct Part {
   int64_t first;  // vector of the whole tensor
   int64_t numel;
@@ -54,11 +54,11 @@ struct Part {
         numel(numel) {}
 
   // The first element of the k-th vector, how many of its elements exist, and the byte of their bits.
-  __device__ __forceinline__ int64_t element(int k) const { return (first + warp * k) * Vector<T>::lanes; }
+  __device__ __forceinline__ int64_t element(int k) const { return (first + warp * k) * lanes; }
   __device__ __forceinline__ int count(int k) const {
-    if (full) return Vector<T>::lanes;
+    if (full) return lanes;
     const int64_t left = numel - element(k);
-    return left >= Vector<T>::lanes ? Vector<T>::lanes : left > 0 ? int(left) : 0;
+    return left >= lanes ? lanes : left > 0 ? int(left) : 0;
   }
   __device__ __forceinline__ int64_t byte(int k) const {
     return int64_t(uint64_t(first) / sharers<T>) + warp / sharers<T> * k;
@@ -66,24 +66,24 @@ struct Part {
 };
 
 // aligned: `from` is at a multiple of 16 bytes.
-template <Hint hint, bool aligned, class T>
-__device__ __forceinline__ Vector<T> load(const T* from, int count) {
-  Vector<T> vector{};
-  if (aligned && count == Vector<T>::lanes) {
+template <Hint hint, bool aligned, int lanes_ = 0, class T, int lanes = lanes_ ? lanes_ : Vector<T>::lanes>
+__device__ __forceinline__ Vector<T, lanes> load(const T* from, int count) {
+  Vector<T, lanes> vector{};
+  if (aligned && count == lanes) {
     const auto raw = reinterpret_cast<const uint4*>(from);
     const uint4 loaded = hint == Hint::streaming ? __ldcs(raw) : *raw;
     memcpy(&vector, &loaded, sizeof(vector));
   } else {
 #pragma unroll
-    for (int j = 0; j < Vector<T>::lanes; ++j)
+    for (int j = 0; j < lanes; ++j)
       if (j < count) vector.lane[j] = from[j];
   }
   return vector;
 }
 
-template <Hint hint, bool aligned, class T>
-__device__ __forceinline__ void store(T* to, int count, const Vector<T>& vector) {
-  if (aligned && count == Vector<T>::lanes) {
+template <Hint hint, bool aligned, class T, int lanes>
+__device__ __forceinline__ void store(T* to, int count, const Vector<T, lanes>& vector) {
+  if (aligned && count == lanes) {
     const auto raw = reinterpret_cast<uint4*>(to);
     uint4 stored;
     memcpy(&stored, &vector, sizeof(vector));
@@ -93,7 +93,7 @@ __device__ __forceinline__ void store(T* to, int count, const Vector<T>& vector)
       *raw = stored;
   } else {
 #pragma unroll
-    for (int j = 0; j < Vector<T>::lanes; ++j)
+    for (int j = 0; j < lanes; ++j)
       if (j < count) to[j] = vector.lane[j];
   }
 }
@@ -119,11 +119,25 @@ __device__ __forceinline__ void store_bits(const Part<T, Tile, full>& part, cons
   }
 }
 
+// Where elements have activations of their own (Slopes), what is loaded for those of a vector, and that of element j.
+struct Nothing {};
+template <class Activation>
+__device__ __forceinline__ Nothing load_own(const Activation&, int64_t) {
+  return {};
+}
+template <class Activation>
+__device__ __forceinline__ const Activation& own(const Activation& act, Nothing, int) {
+  return act;
+}
+
 template <class T, class Tile, bool aligned, bool with_bits, bool full, class Activation>
 __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* output, uint8_t* bits, int64_t numel) {
   const Part<T, Tile, full> part(numel);
   Vector<T> values[Tile::vectors];
+  decltype(load_own(act, 0)) owns[Tile::vectors];
   uint32_t kept[Tile::vectors] = {};
+#pragma unroll
+  for (int k = 0; k < Tile::vectors; ++k) owns[k] = load_own(act, part.element(k));
 #pragma unroll
   for (int k = 0; k < Tile::vectors; ++k)
     values[k] = load<Tile::loads, aligned>(input + part.element(k), part.count(k));
@@ -133,8 +147,9 @@ __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* 
     for (int j = 0; j < Vector<T>::lanes; ++j) {
       T& value = values[k].lane[j];
       if constexpr (Activation::keeps_bits) {
-        const bool keep = act.keep(value);
-        value = act.forward(value, keep);
+        const auto one = own(act, owns[k], j);
+        const bool keep = one.keep(value);
+        value = one.forward(value, keep);
         kept[k] |= uint32_t(keep && j < part.count(k)) << j;
       } else {
         value = act.forward(value);
@@ -150,7 +165,10 @@ __device__ __forceinline__ void backward_tile(Activation act, const T* grad, con
                                               int64_t numel) {
   const Part<T, Tile, full> part(numel);
   Vector<T> values[Tile::vectors];
+  decltype(load_own(act, 0)) owns[Tile::vectors];
   uint32_t kept[Tile::vectors];
+#pragma unroll
+  for (int k = 0; k < Tile::vectors; ++k) owns[k] = load_own(act, part.element(k));
 #pragma unroll
   for (int k = 0; k < Tile::vectors; ++k) {
     kept[k] = part.count(k) ? bits[part.byte(k)] : 0u;
@@ -158,10 +176,10 @@ __device__ __forceinline__ void backward_tile(Activation act, const T* grad, con
   }
 #pragma unroll
   for (int k = 0; k < Tile::vectors; ++k) {
-    const uint32_t own = kept[k] >> Vector<T>::lanes * (threadIdx.x % sharers<T>);
+    const uint32_t bits_of_own = kept[k] >> Vector<T>::lanes * (threadIdx.x % sharers<T>);
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j)
-      values[k].lane[j] = act.backward(values[k].lane[j], (own >> j & 1u) != 0);
+      values[k].lane[j] = own(act, owns[k], j).backward(values[k].lane[j], (bits_of_own >> j & 1u) != 0);
     store<Tile::stores, aligned>(output + part.element(k), part.count(k), values[k]);
   }
 }
@@ -184,9 +202,9 @@ __device__ __forceinline__ void backward_tile(Activation act, const T* grad, con
   }
 }
 
-template <class T, class Tile>
+template <class T, class Tile, int lanes = Vector<T>::lanes>
 __device__ __forceinline__ bool block_is_full(int64_t numel) {
-  return numel - int64_t(blockIdx.x) * elements_of<T, Tile> >= elements_of<T, Tile>;
+  return numel - int64_t(blockIdx.x) * elements_of<T, Tile, lanes> >= elements_of<T, Tile, lanes>;
 }
 
 // A grid of one block a tile. aligned: all but the bits is at multiples of 16 bytes.

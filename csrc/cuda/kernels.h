@@ -10,5 +10,13 @@ namespace relu_ext::cuda {
 // Nothing waits for it. Returns what the launch returned.
 cudaError_t forward(const Forward&, int64_t numel, cudaStream_t);
 cudaError_t backward(const Backward&, int64_t numel, cudaStream_t);
+cudaError_t gated(const Gated&, int64_t numel, cudaStream_t);
+cudaError_t gated_backward(const GatedBackward&, int64_t numel, cudaStream_t);
+cudaError_t prelu(const Prelu&, int64_t numel, cudaStream_t);
+
+// By two kernels where grad_weight is wanted. workspace: so many bytes, at a multiple of 16, which later work on the
+// stream may write again.
+int64_t prelu_workspace(const PreluBackward&, int64_t numel);
+cudaError_t prelu_backward(const PreluBackward&, int64_t numel, void* workspace, cudaStream_t);
 
 }  // namespace relu_ext::cuda
