@@ -16,10 +16,6 @@ namespace {
 using Large = Tile<256, 4>;
 using Small = Tile<256, 1>;
 
-// Blocks of 256 threads that run at once on the largest chips of today: 2048 threads on each of 108 (A100), 132 (H100,
-// H200) or 148 (B200) multiprocessors.
-constexpr int64_t blocks_at_once = 1024;
-
 // body(T{}, act, Tile{}, aligned), all of them types but for what act holds.
 template <class Work, class Body>
 cudaError_t with_types(const Work& work, int64_t numel, bool is_aligned, Body body) {

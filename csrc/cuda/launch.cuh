@@ -10,6 +10,10 @@
 
 namespace relu_ext::cuda {
 
+// Blocks of 256 threads that run at once on the largest chips of today: 2048 threads on each of 108 (A100), 132 (H100,
+// H200) or 148 (B200) multiprocessors.
+constexpr int64_t blocks_at_once = 1024;
+
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
                    std::common_type_t<Parameters>... arguments) {

@@ -26,7 +26,7 @@ int lanes_of(const Channels& channels, int most) {
 
 // A thread's items: up to so many, so that a sum of floats stays short; fewer, where that makes more blocks than run at
 // once, but no less than a batch. These depend on the shape alone.
-constexpr int64_t most_items = 64, blocks_at_once = 1024;
+constexpr int64_t most_items = 64;
 
 Sums divided(const Channels& shape, int64_t numel, int lanes) {
   const auto [channels, inner] = shape;

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/gated.cu"
+#include "cuda/prelu.cu"
+
 using namespace relu_ext;
 
 extern "C" {
@@ -12,6 +15,15 @@ int kernels_forward(const Forward& work, int64_t numel, cudaStream_t stream) {
 }
 int kernels_backward(const Backward& work, int64_t numel, cudaStream_t stream) {
   return cuda::backward(work, numel, stream);
+}
+int kernels_gated(const Gated& work, int64_t numel, cudaStream_t stream) { return cuda::gated(work, numel, stream); }
+int kernels_gated_backward(const GatedBackward& work, int64_t numel, cudaStream_t stream) {
+  return cuda::gated_backward(work, numel, stream);
+}
+int kernels_prelu(const Prelu& work, int64_t numel, cudaStream_t stream) { return cuda::prelu(work, numel, stream); }
+int64_t kernels_prelu_workspace(const PreluBackward& work, int64_t numel) { return cuda::prelu_workspace(work, numel); }
+int kernels_prelu_backward(const PreluBackward& work, int64_t numel, void* workspace, cudaStream_t stream) {
+  return cuda::prelu_backward(work, numel, workspace, stream);
 }
 
 int64_t emulator_launches() { return emulator::launches; }

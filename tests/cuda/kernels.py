@@ -327,12 +327,43 @@ class Backward(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64)]
+
+
+class Gated(ctypes.Structure):
+    _fields_ = [("dtype", c_uint8), ("columns", c_int64), ("gate", Rows), ("up", Rows), ("output", Rows)]
+
+
+class GatedBackward(ctypes.Structure):
+    _fields_ = [
+        *[("dtype", c_uint8), ("columns", c_int64), ("grad", Rows), ("gate", Rows), ("up", Rows)],
+        *[("grad_gate", Rows), ("grad_up", Rows)],
+    ]
+
+
+class Prelu(ctypes.Structure):
+    _fields_ = [
+        *[("dtype", c_uint8), ("channels", c_int64), ("inner", c_int64)],
+        *[("input", c_void_p), ("weight", c_void_p), ("output", c_void_p), ("bits", c_void_p)],
+    ]
+
+
+class PreluBackward(ctypes.Structure):
+    _fields_ = [
+        *[("dtype", c_uint8), ("channels", c_int64), ("inner", c_int64)],
+        *[("grad", c_void_p), ("input", c_void_p), ("bits", c_void_p), ("weight", c_void_p)],
+        *[("output", c_void_p), ("grad_weight", c_void_p)],
+    ]
+
+
 class Kernels:
     """The launchers of a built library; memory is given by its address."""
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_launches.restype = c_int64
+        self.library.kernels_prelu_workspace.restype = c_int64
         self.library.emulator_last_launch.restype = ctypes.POINTER(Launch)
         self.library.emulator_run_only.argtypes = [ctypes.POINTER(c_uint64), c_uint64]
 
@@ -347,6 +378,14 @@ class Kernels:
         how = names_of("Kept").index(kept_as)
         work = Backward(activation.code, activation.scalars, dtype.code, how, grad, kept, output)
         return self.launch("backward", work, numel, stream)
+
+    def prelu_workspace(self, work: PreluBackward, numel: int) -> int:
+        """How many bytes."""
+        return self.library.kernels_prelu_workspace(ctypes.byref(work), c_int64(numel))
+
+    def prelu_backward(self, work: PreluBackward, numel: int, workspace, stream=None) -> int:
+        arguments = ctypes.byref(work), c_int64(numel), c_void_p(workspace), c_void_p(stream)
+        return self.library.kernels_prelu_backward(*arguments)
 
     @property
     def launches(self) -> int:

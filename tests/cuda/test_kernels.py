@@ -8,7 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernels import ACTIVATIONS, DTYPES, Kernels, Memory, Range, build_library, names_of, widened
+from kernels import (
+    ACTIVATIONS,
+    DTYPES,
+    Gated,
+    GatedBackward,
+    Kernels,
+    Memory,
+    Prelu,
+    PreluBackward,
+    Range,
+    Rows,
+    build_library,
+    names_of,
+    rectified,
+    widened,
+)
 
 KERNELS = Kernels(Path(os.environ.get("EMULATED_LIBRARY") or build_library("plain")))
 STREAM = 0x5EA
@@ -69,17 +84,20 @@ def assert_same(ours, expected):
         np.testing.assert_array_equal(ours, expected)
 
 
+def assert_numbers(ours, expected, dtype):
+    """Every bit, but any NaN for any other."""
+    assert_same(*(np.where(np.isnan(dtype.values(x)), dtype.word(dtype.infinity + 1), x) for x in (ours, expected)))
+
+
 def assert_elements(ours, expected, activation, dtype):
     """Every bit; but where the activation computes, any NaN for any other, or what a Range admits."""
     if isinstance(expected, Range):
         wrong = expected.wrong(dtype, ours)
         assert not wrong.any(), (dtype.values(ours)[wrong], expected.low[wrong], expected.high[wrong])
-        return
-    if activation.computes:
-        ours, expected = (
-            np.where(np.isnan(dtype.values(x)), dtype.word(dtype.infinity + 1), x) for x in (ours, expected)
-        )
-    assert_same(ours, expected)
+    elif activation.computes:
+        assert_numbers(ours, expected, dtype)
+    else:
+        assert_same(ours, expected)
 
 
 def launch_once(launcher, *arguments):
@@ -295,3 +313,361 @@ def test_launches_from_several_threads(activation, dtype):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(3000, 3080, 20)))
+
+
+# Gated
+
+
+def reglu(dtype, gate, up):
+    with np.errstate(all="ignore"):
+        return dtype.elements(rectified(widened(dtype, gate)) * widened(dtype, up))
+
+
+def reglu_gradients(dtype, grad, gate, up):
+    with np.errstate(all="ignore"):
+        product = dtype.elements(widened(dtype, grad) * widened(dtype, up))
+        to_gate = np.where(widened(dtype, gate) <= 0, dtype.word(0), product)
+        return to_gate, reglu(dtype, gate, grad)
+
+
+class Table:
+    """numel elements in rows, apart or not, in a Memory or Reserved; their places there in `place`."""
+
+    def __init__(self, make, numel, columns, stride, dtype, at=0, spans=None):
+        rows = -(-numel // columns)
+        self.memory = make((rows - 1) * stride + numel - (rows - 1) * columns, dtype, at)
+        element = np.concatenate([np.arange(span.start, span.stop) for span in spans or [slice(0, numel)]])
+        self.place = element // columns * stride + element % columns
+        self.rows = Rows(self.memory.address, stride)
+
+    @property
+    def elements(self):
+        return self.memory.elements[self.place]
+
+    def fill(self, dtype, seed):
+        self.memory.elements[self.place] = random_elements(len(self.place), dtype, seed)
+        return self
+
+    def untouched(self):
+        """Between the rows and around them."""
+        between = np.ones(len(self.memory.elements), bool)
+        between[self.place] = False
+        poison = self.memory.elements[between].view(np.uint8)
+        return self.memory.intact() and bool((poison == Memory.POISON).all())
+
+
+def unwritten(count, dtype, at):
+    return Memory.unwritten(count, dtype.word, at)
+
+
+def check_gated(dtype, numel, columns, strides, at=(0, 0, 0), make=unwritten, spans=None):
+    """Both ways; strides and at are those of gate and grad_gate, up and grad_up, output and grad."""
+    shapes = list(zip(strides, at, strict=True))
+
+    def table(which):
+        stride, place = shapes[which]
+        return Table(make, numel, columns, stride, dtype, place, spans)
+
+    gate, up, output, grad = (table(which) for which in (0, 1, 2, 2))
+    for seed, filled in enumerate((gate, up, grad)):
+        filled.fill(dtype, seed)
+    before = gate.elements, up.elements, grad.elements
+    launch_once(launcher("gated"), Gated(dtype.code, columns, gate.rows, up.rows, output.rows), numel)
+    assert_numbers(output.elements, reglu(dtype, *before[:2]), dtype)
+    written = [output]
+    for wanted in ((True, True), (True, False), (False, True)):
+        gradients = [table(which) if wanted[which] else None for which in range(2)]
+        targets = [gradient.rows if gradient else Rows() for gradient in gradients]
+        work = GatedBackward(dtype.code, columns, grad.rows, gate.rows, up.rows if wanted[0] else Rows(), *targets)
+        launch_once(launcher("gated_backward"), work, numel)
+        expected = reglu_gradients(dtype, before[2], *before[:2])
+        for gradient, right in zip(gradients, expected, strict=True):
+            if gradient:
+                assert_numbers(gradient.elements, right, dtype)
+                written.append(gradient)
+    for table, same in zip((gate, up, grad), before, strict=True):
+        assert_same(table.elements, same)
+    if make is unwritten:
+        assert all(table.untouched() for table in (gate, up, grad, *written))
+    return written
+
+
+def launcher(name):
+    return lambda *arguments: KERNELS.launch(name, *arguments)
+
+
+@pytest.mark.usefixtures("order")
+def test_gated_rows(dtype):
+    """Of vectors and of parts of one, apart by so many of either, in any number."""
+    lanes = VECTOR // dtype.bytes
+    for columns in (1, 3, lanes, lanes + 1, 5 * lanes, 33 * lanes, 700):
+        for rows in (1, 2, 37):
+            for gap in (0, lanes, columns, 1):
+                strides = [columns + gap, columns + gap, columns]
+                check_gated(dtype, rows * columns, columns, strides)
+    for strides in ([96, 96, 97], [96, 97, 96], [97, 96, 96], [96, 104, 112]):
+        check_gated(dtype, 30 * 96, 96, strides)
+
+
+@pytest.mark.usefixtures("order")
+def test_gated_lengths_of_one_row(dtype):
+    """A dense tensor: vectors whatever its length."""
+    for numel in (*range(1, 40), 511, 2047, 2048, 2049, 4096, 8191, 8193):
+        check_gated(dtype, numel, numel, [numel] * 3)
+
+
+def test_gated_pointers_at_any_element(dtype):
+    for at in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]:
+        for columns in (64, 1001):
+            check_gated(dtype, 5 * columns, columns, [2 * columns] * 3, [dtype.bytes * place for place in at])
+            check_gated(dtype, columns, columns, [columns] * 3, [dtype.bytes * place for place in at])
+
+
+@pytest.mark.parametrize("columns", [1024, 1001])
+def test_gated_more_than_2_to_the_32_elements(dtype, columns):
+    lanes = VECTOR // dtype.bytes if columns == 1024 else 1
+    per_block = 256 * 2 * lanes
+    numel = (2**32 // columns + 9) * columns
+    elements = 0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, numel - 1
+    blocks = sorted({element // per_block for element in elements})
+    spans = [slice(block * per_block, min((block + 1) * per_block, numel)) for block in blocks]
+
+    def reserved(count, dtype, at):
+        return Reserved(count, dtype.word, at)
+
+    with KERNELS.only_blocks(blocks):
+        written = check_gated(dtype, numel, columns, [2 * columns] * 3, make=reserved, spans=spans)
+    assert KERNELS.last_launch.grid.x == -(-numel // per_block)
+    assert all(table.memory.intact() for table in written)
+
+
+def test_gated_nothing(dtype):
+    work = Gated(dtype.code, 1, Rows(VECTOR, 1), Rows(VECTOR, 1), Rows(VECTOR, 1))
+    launch_once(launcher("gated"), work, 0)
+    launch_once(launcher("gated_backward"), GatedBackward(dtype.code, 1, *[Rows(VECTOR, 1)] * 5), 0)
+
+
+# prelu: (repetitions, channels, inner)
+
+LANES = 8  # of the narrowest type; multiples of it divide into vectors of each
+
+SHAPES = [
+    *[(1, 1, numel) for numel in (1, 2, 7, 8, 9, 255, 1024, 4097, 20001)],  # a single weight
+    *[(5, 1, 40), (3, 2, 1), (700, 3, 1), (1300, 8, 1), (37, 24, 1), (129, 264, 1), (3, 1000, 1), (9, 33, 1)],
+    *[(4, 3, 2), (90, 8, 4), (11, 5, 7), (257, 2, 31), (70, 5, 31)],  # columns of a channel's neighbours
+    *[(2, 3, 32), (13, 5, 49), (3, 2, 64), (2, 3, 4100), (5, 2, 2040), (1, 3, 5001), (40, 3, 33)],
+]
+
+
+def normal_elements(count, dtype, seed):
+    values = np.random.default_rng([count, seed, 1]).standard_normal(count)
+    return dtype.elements(values.astype(dtype.arithmetic))
+
+
+def channel_of(shape, element):
+    _, channels, inner = shape
+    return element // inner % channels
+
+
+def sloped(dtype, elements, keep, slopes):
+    with np.errstate(all="ignore"):
+        scaled = dtype.elements(widened(dtype, elements) * widened(dtype, slopes))
+    return np.where(keep, elements, scaled)
+
+
+def is_positive(dtype, elements):
+    with np.errstate(invalid="ignore"):
+        return widened(dtype, elements) > 0
+
+
+def prelu_work(kind, dtype, shape, *memories):
+    _, channels, inner = shape
+    return kind(dtype.code, channels, inner, *(memory and memory.address for memory in memories))
+
+
+def check_prelu(dtype, shape, elements, at=0, output_at=0, weight_at=0):
+    """Forward with bits and without, from bits out of place and in place."""
+    numel = len(elements)
+    weight = Memory(random_elements(shape[1], dtype, seed=2), weight_at)
+    slopes = weight.elements[channel_of(shape, np.arange(numel))]
+    keep = is_positive(dtype, elements)
+    input = Memory(elements, at)
+    for bits in (None, Memory.unwritten((numel + 7) // 8, np.uint8)):
+        output = unwritten(numel, dtype, output_at)
+        launch_once(launcher("prelu"), prelu_work(Prelu, dtype, shape, input, weight, output, bits), numel)
+        assert_numbers(output.elements, sloped(dtype, elements, keep, slopes), dtype)
+        assert all(memory is None or memory.intact() for memory in (input, weight, output, bits))
+    assert_same(bits.elements, np.packbits(keep, bitorder="little"))
+    for target in (unwritten(numel, dtype, output_at), input):
+        work = prelu_work(PreluBackward, dtype, shape, input, None, bits, weight, target, None)
+        launch_once(lambda work, *rest: KERNELS.prelu_backward(work, rest[0], None, *rest[1:]), work, numel)
+        assert_numbers(target.elements, sloped(dtype, elements, keep, slopes), dtype)
+        assert target.intact()
+
+
+def run_prelu_gradients(dtype, shape, grad, input, weight, output, grad_weight):
+    """By one kernel, or two where sums are wanted."""
+    work = prelu_work(PreluBackward, dtype, shape, grad, input, None, weight, output, grad_weight)
+    numel, before = len(grad.elements), KERNELS.launches
+    workspace = unwritten(
+        KERNELS.prelu_workspace(work, numel) // np.dtype(dtype.arithmetic).itemsize, dtype_of_sums(dtype), 0
+    )
+    assert KERNELS.prelu_backward(work, numel, workspace.address, STREAM) == 0
+    assert KERNELS.launches - before == (1 if grad_weight is None else 2)
+    assert KERNELS.last_launch.stream == STREAM
+    memories = grad, input, weight, output, grad_weight, workspace
+    assert all(memory is None or memory.intact() for memory in memories)
+
+
+def dtype_of_sums(dtype):
+    return DTYPES[0] if dtype.arithmetic is np.float32 else DTYPES[1]
+
+
+# Of a sum: up to 64 items of a thread, 7 additions between lanes, 8 between threads, and one for the product; the parts
+# are joined in float64. Each rounding is at most half a unit in the last place of the sum of magnitudes.
+MOST_ROUNDINGS = 64 + 7 + 8 + 1
+
+
+def assert_sums(dtype, shape, grad, input, ours):
+    with np.errstate(all="ignore"):
+        terms = widened(dtype, grad).astype(np.longdouble) * widened(dtype, input)
+    terms = np.where(is_positive(dtype, input), 0, terms)
+    channel = channel_of(shape, np.arange(len(grad)))
+    exact, magnitude = np.zeros(shape[1], np.longdouble), np.zeros(shape[1], np.longdouble)
+    np.add.at(exact, channel, terms)
+    np.add.at(magnitude, channel, abs(terms))
+    off = MOST_ROUNDINGS * np.finfo(dtype.arithmetic).eps / 2 * magnitude
+    wrong = Range(exact - off, exact + off).wrong(dtype, ours)
+    assert not wrong.any(), (dtype.values(ours)[wrong], exact[wrong], off[wrong])
+
+
+def check_prelu_gradients(dtype, shape, at=0, other_at=0, make=normal_elements):
+    """All of what may be wanted; of the sums their bits, which are the same each time."""
+    numel = int(np.prod(shape))
+    elements = [make(numel, dtype, seed) for seed in range(2)]
+    grad, input = Memory(elements[0], at), Memory(elements[1], other_at)
+    weight = Memory(normal_elements(shape[1], dtype, 2), dtype.bytes)
+    slopes = weight.elements[channel_of(shape, np.arange(numel))]
+    expected = sloped(dtype, elements[0], is_positive(dtype, elements[1]), slopes)
+    sums = []
+    for with_output in (True, False):
+        for with_weight in (True, False):
+            output = unwritten(numel, dtype, at) if with_output else None
+            grad_weight = unwritten(shape[1], dtype, other_at) if with_weight else None
+            run_prelu_gradients(dtype, shape, grad, input, weight, output, grad_weight)
+            if with_output:
+                assert_numbers(output.elements, expected, dtype)
+            if with_weight:
+                sums.append(grad_weight.elements.copy())
+    assert_same(*sums)
+    grad_weight = unwritten(shape[1], dtype, 0)
+    run_prelu_gradients(dtype, shape, grad, input, weight, grad, grad_weight)  # in place
+    assert_numbers(grad.elements, expected, dtype)
+    assert_same(grad_weight.elements, sums[0])
+    assert_same(input.elements, elements[1])
+    if make is normal_elements:
+        assert_sums(dtype, shape, *elements, sums[0])
+    return sums[0]
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prelu(dtype, shape):
+    check_prelu(dtype, shape, random_elements(int(np.prod(shape)), dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1001), (30, 24, 1), (3, 2, 64), (11, 5, 7)], ids=str)
+def test_prelu_pointers_at_any_element(dtype, shape):
+    elements = random_elements(int(np.prod(shape)), dtype)
+    for at in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        check_prelu(dtype, shape, elements, *(dtype.bytes * place for place in at))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prelu_gradients(dtype, shape, monkeypatch):
+    """The sums' bits whatever the order of threads and blocks, and wherever the memory is."""
+    sums = []
+    for number in "017":
+        monkeypatch.setenv("EMULATOR_ORDER", number)
+        sums.append(check_prelu_gradients(dtype, shape))
+    for at, other_at in [(dtype.bytes, 0), (0, dtype.bytes)]:
+        sums.append(check_prelu_gradients(dtype, shape, at, other_at))
+    for other in sums[1:]:
+        assert_same(other, sums[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 40), (37, 24, 1), (70, 5, 31), (13, 5, 49)], ids=str)
+def test_prelu_gradients_of_any_number(dtype, shape):
+    check_prelu_gradients(dtype, shape, make=random_elements)
+
+
+@pytest.mark.parametrize("shape", [(2**18 + 5, 8, 1), (2**19 + 1, 3, 1), (1, 1, 2**21 + 3), (3, 2, 2**18 + 1)], ids=str)
+def test_prelu_sums_of_many(shape):
+    """In float16, so that vectors are as wide as they come."""
+    dtype = next(dtype for dtype in DTYPES if dtype.name == "float16")
+    numel = int(np.prod(shape))
+    elements = [normal_elements(numel, dtype, seed) for seed in range(2)]
+    grad, input = map(Memory, elements)
+    weight, grad_weight = unwritten(shape[1], dtype, 0), unwritten(shape[1], dtype, 0)
+    run_prelu_gradients(dtype, shape, grad, input, weight, None, grad_weight)
+    assert_sums(dtype, shape, *elements, grad_weight.elements)
+
+
+@pytest.mark.parametrize("place", [0, 77, -1])
+@pytest.mark.parametrize("shape", [(1, 1, 5000), (137, 24, 1), (70, 5, 31), (13, 5, 49)], ids=str)
+def test_prelu_nan_reaches_the_sum_of_its_channel(dtype, shape, place):
+    numel = int(np.prod(shape))
+    grad, input = (Memory(normal_elements(numel, dtype, seed)) for seed in range(2))
+    input.elements[place] = dtype.infinity + 1
+    weight, grad_weight = Memory(normal_elements(shape[1], dtype, 2)), unwritten(shape[1], dtype, 0)
+    run_prelu_gradients(dtype, shape, grad, input, weight, None, grad_weight)
+    is_its = np.arange(shape[1]) == channel_of(shape, place % numel)
+    assert_same(np.isnan(dtype.values(grad_weight.elements)), is_its)
+
+
+def test_prelu_of_nothing(dtype):
+    """No elements: no gradient, and sums of 0."""
+    shape, none = (0, 3, 1), unwritten(0, dtype, 0)
+    weight, grad_weight = Memory(normal_elements(3, dtype, 0)), unwritten(3, dtype, 0)
+    launch_once(launcher("prelu"), prelu_work(Prelu, dtype, shape, none, weight, none, None), 0)
+    work = prelu_work(PreluBackward, dtype, shape, none, none, None, weight, none, grad_weight)
+    assert KERNELS.prelu_workspace(work, 0) == 0
+    assert KERNELS.prelu_backward(work, 0, None, STREAM) == 0
+    assert not grad_weight.elements.any()
+
+
+@pytest.mark.parametrize("channels", [1, 256, 255])
+def test_prelu_more_than_2_to_the_32_elements(dtype, channels):
+    """Blocks have neighbouring elements: those of a single channel, and all of some repetitions."""
+    numel = (2**32 // channels + 9) * channels
+    shape = (1, 1, numel) if channels == 1 else (numel // channels, channels, 1)
+    input, output = (Reserved(numel, dtype.word) for _ in range(2))
+    weight = Memory(normal_elements(channels, dtype, 2))
+
+    def check(run, per_block):
+        blocks = {element // per_block for element in (0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, numel - 1)}
+        spans = [slice(block * per_block, min((block + 1) * per_block, numel)) for block in sorted(blocks)]
+        for span in spans:
+            input.elements[span] = normal_elements(span.stop - span.start, dtype, span.start)
+        with KERNELS.only_blocks(blocks):
+            assert run() == 0
+        assert KERNELS.last_launch.grid.x == -(-numel // per_block)
+        for span in spans:
+            elements = input.elements[span]
+            slopes = weight.elements[channel_of(shape, np.arange(span.start, span.stop))]
+            assert_numbers(output.elements[span], sloped(dtype, elements, is_positive(dtype, elements), slopes), dtype)
+        assert output.intact()
+
+    work = prelu_work(Prelu, dtype, shape, input, weight, output, None)
+    check(lambda: KERNELS.launch("prelu", work, numel, STREAM), 512 * VECTOR // dtype.bytes)
+    if channels == 255:  # each block has some of the columns
+        return
+    both = prelu_work(PreluBackward, dtype, shape, input, input, None, weight, output, None)
+    with KERNELS.only_blocks([]):
+        assert KERNELS.prelu_backward(both, numel, None, STREAM) == 0
+    columns_a_block = min(32, channels * dtype.bytes // VECTOR)
+    if channels == 1 or columns_a_block * VECTOR == channels * dtype.bytes:
+        unit = VECTOR // dtype.bytes if channels == 1 else channels
+        items = -(-numel // unit)
+        part = -(-items // KERNELS.last_launch.grid.x)
+        check(lambda: KERNELS.prelu_backward(both, numel, None, STREAM), part * unit)
