@@ -315,6 +315,7 @@ def test_device_that_is_not_the_current_one(operation, device):
             assert_all_same((output.detach().cpu(), gradient.cpu()), expected)
 
 
+@pytest.mark.keeps_bits
 @on_cuda
 def test_operands_on_different_devices_are_refused(operation, device):
     if torch.cuda.device_count() < 2:
