@@ -28,7 +28,7 @@ void queue(const Work& work, int64_t numel) {
   C10_CUDA_CHECK(launch(work, numel, c10::cuda::getCurrentCUDAStream()));
 }
 
-void prelu_backward(const PreluBackward& work, int64_t numel) {
+void queue_prelu_backward(const PreluBackward& work, int64_t numel) {
   const at::Tensor workspace = empty({prelu_workspace(work, numel)}, at::kByte, at::MemoryFormat::Contiguous);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(prelu_backward(work, numel, workspace.mutable_data_ptr(), stream));
@@ -43,6 +43,6 @@ const Backend backend{empty,
                       queue<Gated, gated>,
                       queue<GatedBackward, gated_backward>,
                       queue<Prelu, prelu>,
-                      prelu_backward};
+                      queue_prelu_backward};
 
 }  // namespace relu_ext::cuda
