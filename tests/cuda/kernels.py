@@ -260,12 +260,13 @@ def elu(alpha, scale, input_scale):
         with np.errstate(all="ignore"):
             g, x = widened(dtype, grad), widened(dtype, elements)
             if kept == "output":
-                product = np.where(x <= 0, g * inner * (x + negative), g * positive)
+                product = np.where(x <= 0, g * ((x + negative) * inner), g * positive)
                 return Range(product, product)
             slope = np.exp((x * inner).astype(np.longdouble))
-            about = Range.around(slope, slope, EXPONENTIAL_ULPS, dtype.arithmetic).times(negative, dtype.arithmetic)
+            about = Range.around(slope, slope, EXPONENTIAL_ULPS, dtype.arithmetic)
+            about = about.times(negative, dtype.arithmetic).times(inner, dtype.arithmetic)
             above_zero = Range(about.low.clip(0), about.high)
-            return above_zero.times((g * inner).astype(np.longdouble), dtype.arithmetic).where(x <= 0, g * positive)
+            return above_zero.times(g.astype(np.longdouble), dtype.arithmetic).where(x <= 0, g * positive)
 
     return Activation("elu", forward, backward, None, (alpha, scale, input_scale), True)
 
