@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(Sums::threads)
     const int64_t end = part * sums.part + sums.part < sums.items ? part * sums.part + sums.part : sums.items;
     for (int64_t item = part * sums.part + threadIdx.x / sums.across; item < end; item += Sums::batch * step) {
       const int64_t last = item + (Sums::batch - 1) * step;
-      if (last < end && numel - column.element(last) >= lanes)
+      if ((aligned || lanes == 1) && last < end && numel - column.element(last) >= lanes)
         backward_batch<true, aligned>(column, item, end, step, weights, grad, input, output, totals);
       else
         backward_batch<false, aligned>(column, item, end, step, weights, grad, input, output, totals);

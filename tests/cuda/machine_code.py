@@ -1,6 +1,6 @@
 """The machine code of the shipped kernels, without a GPU: python machine_code.py [ARCHITECTURE ... | all].
 
-Compiles csrc/cuda/kernels.cu for each architecture (80 and 90 unless named), warnings and spills being errors, and
+Compiles csrc/cuda/*.cu for each architecture (80 and 90 unless named), warnings and spills being errors, and
 disassembles it. In every kernel with several vectors a thread, which are those for large tensors, the path of a full
 tile must be straight, with nothing but 128-bit loads and stores of elements and the bytes of bits, and all loads must
 be under way before the first value is waited for.
@@ -35,10 +35,20 @@ PTXAS_FLAGS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
 BYTES = {"float": 4, "double": 8, "relu_ext::Float16<(unsigned short)31744>": 2}
 BYTES["relu_ext::Float16<(unsigned short)32640>"] = 2
 DTYPES = dict(zip(BYTES, ["float32", "float64", "float16", "bfloat16"], strict=True))
-KERNEL = re.compile(
-    r"(?P<way>forward|backward)_kernel<(?P<element>.*?), relu_ext::cuda::Tile<(?P<threads>\d+), (?P<vectors>\d+),"
-    r".*?>, (?P<aligned>true|false)(?:, (?P<bits>true|false))?, relu_ext::(?P<activation>\w+)<"
+ELEMENT = r"(?P<element>float|double|relu_ext::Float16<[^>]*>)"
+TILE = rf"{ELEMENT}, relu_ext::cuda::Tile<\d+, (?P<vectors>\d+), [^>]*>"
+ELEMENTWISE = re.compile(
+    rf"cuda::(?P<way>forward|backward)_kernel<(?:\(relu_ext::Kept\)(?P<kept>\d), )?{TILE}, (?P<aligned>true|false)"
+    r"(?:, (?P<bits>true|false))?, relu_ext::(?:cuda::)?(?P<activation>\w+)<(?P<of>.*)"
 )
+GATED = re.compile(
+    rf"cuda::gated(?P<backward>_backward)?_kernel<{TILE}, (?P<lanes>\d+)(?:, (?P<gate>\w+), (?P<up>\w+))?>"
+)
+SUMMING = re.compile(rf"cuda::prelu_backward_kernel<(?P<by>\w+), {ELEMENT}, \d+, (?P<aligned>\w+)>")
+JOINING = "cuda::prelu_join_kernel<"  # adds up what the others left: next to nothing
+BATCH = 4  # Sums::batch
+KEPT = ["bits", "input", "output"]
+SPREAD = ["one", "consecutive", "any"]
 INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<op>[A-Z]\w*)(?P<modifiers>[.\w]*)(?P<rest>.*)"
 )
@@ -123,43 +133,85 @@ class Code:
                     return self.instructions[: at + 1] + straight[0] if len(straight) == 1 else None
         return None
 
+    def batch(self) -> list[Instruction] | None:
+        """The stretch without a jump that has most wide loads, up to the last of them."""
+        stretches, goals = [[]], set(self.labels.values())
+        for at, instruction in enumerate(self.instructions):
+            if at in goals:
+                stretches.append([])
+            stretches[-1].append(instruction)
+            if instruction.op == "BRA":
+                stretches.append([])
+        best = max(stretches, key=lambda stretch: sum(instruction.access == "LDG.128" for instruction in stretch))
+        return best[: loads(best)[-1] + 1] if loads(best) else None
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instantiation: what its demangled name says."""
+    """One instantiation: what its demangled name says, and how often its full tile goes to memory in which way."""
 
-    forward: bool
-    element: str
-    vectors: int
-    bits: bool
-    activation: str
+    title: str
+    accesses: Counter
+    has_loop: bool = False  # then it is the loop's body that is looked at
 
     @classmethod
     def named(cls, name: str) -> "Kernel | None":
-        """None where a thread has one vector, or pointers are misaligned."""
-        found = KERNEL.search(name)
-        if not found:
-            raise SystemExit(f"a kernel that this check does not know: {name}")
-        if found["aligned"] == "false" or found["vectors"] == "1":
+        """None where a thread has one vector or element at a time, pointers are misaligned, or channels are any."""
+        if found := ELEMENTWISE.search(name):
+            return cls.elementwise(found)
+        if found := GATED.search(name):
+            return cls.gated(found)
+        if found := SUMMING.search(name):
+            return cls.summing(found)
+        if JOINING in name:
             return None
-        forward = found["way"] == "forward"
-        bits = found["bits"] == "true" or not forward
-        return cls(forward, found["element"], int(found["vectors"]), bits, found["activation"])
+        raise SystemExit(f"a kernel that this check does not know: {name}")
 
-    @property
-    def title(self) -> str:
-        way = ("forward with bits" if self.bits else "forward") if self.forward else "backward"
-        return f"{self.activation} {DTYPES[self.element]} {way}"
-
-    @property
-    def accesses(self) -> Counter:
+    @classmethod
+    def elementwise(cls, found: re.Match) -> "Kernel | None":
         """Forward gathers a byte of bits from neighbours, backward reads one for each vector."""
-        wanted = Counter({"LDG.128": self.vectors, "STG.128": self.vectors})
-        if self.bits and self.forward:
-            wanted["STG.U8"] = self.vectors * 16 // BYTES[self.element] // 8
-        elif self.bits:
-            wanted["LDG.U8"] = self.vectors
-        return wanted
+        vectors, size = int(found["vectors"]), BYTES[found["element"]]
+        if found["aligned"] == "false" or vectors == 1:
+            return None
+        accesses = Counter({"LDG.128": vectors, "STG.128": vectors})
+        of = ""
+        if found["activation"] == "Slopes":
+            spread = SPREAD[int(re.search(r"Spread\)(\d)", found["of"])[1])]
+            if spread == "any":
+                return None
+            accesses[{"one": ONE_ELEMENT[size], "consecutive": "LDG.128"}[spread]] += vectors
+            of = f" {spread}"
+        if found["way"] == "forward":
+            with_bits = found["bits"] == "true"
+            accesses["STG.U8"] = with_bits * vectors * 16 // size // 8
+            way = "forward with bits" if with_bits else "forward"
+        else:
+            kept = KEPT[int(found["kept"])]
+            accesses["LDG.U8" if kept == "bits" else "LDG.128"] += vectors
+            way = f"backward from {kept}"
+        return cls(f"{found['activation']}{of} {DTYPES[found['element']]} {way}", +accesses)
+
+    @classmethod
+    def gated(cls, found: re.Match) -> "Kernel | None":
+        if found["lanes"] == "1":
+            return None
+        vectors, way, operands, results = int(found["vectors"]), "forward", 2, 1
+        if found["backward"]:
+            wanted = [name for name in ("gate", "up") if found[name] == "true"]
+            operands, results = 2 + ("gate" in wanted), len(wanted)
+            way = "backward to " + " and ".join(wanted)
+        accesses = Counter({"LDG.128": vectors * operands, "STG.128": vectors * results})
+        return cls(f"Reglu {DTYPES[found['element']]} {way}", accesses)
+
+    @classmethod
+    def summing(cls, found: re.Match) -> "Kernel | None":
+        if found["aligned"] == "false":
+            return None
+        way = "by channel" if found["by"] == "true" else "by column"
+        return cls(f"Slopes {DTYPES[found['element']]} sums {way}", Counter({"LDG.128": 2 * BATCH}), True)
+
+
+ONE_ELEMENT = {2: "LDG.U16", 4: "LDG", 8: "LDG.64"}
 
 
 def loads(path: list[Instruction]) -> list[int]:
@@ -202,9 +254,9 @@ class Refused(SystemExit):
     """By a compiler, with what it said."""
 
 
-def compiled(nvcc: str, arch: str, csrc: Path, cubin: Path) -> dict[str, int]:
+def compiled(nvcc: str, arch: str, source: Path, cubin: Path) -> dict[str, int]:
     """Registers of each kernel."""
-    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, "-cubin", f"-arch=sm_{arch}", "-o", cubin, csrc / "cuda" / "kernels.cu"]
+    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, "-cubin", f"-arch=sm_{arch}", "-o", cubin, source]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise Refused(process.stdout + process.stderr)
@@ -223,14 +275,16 @@ def disassembled(nvdisasm: str, cubin: Path) -> dict[str, Code]:
 
 
 def results(nvcc: str, nvdisasm: str, arch: str, csrc: Path = CSRC) -> list[Result]:
+    registers, code = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        registers = compiled(nvcc, arch, csrc, cubin)
-        code = disassembled(nvdisasm, cubin)
+        for source in sorted((csrc / "cuda").glob("*.cu")):
+            cubin = Path(folder) / f"{source.stem}.cubin"
+            registers |= compiled(nvcc, arch, source, cubin)
+            code |= disassembled(nvdisasm, cubin)
     found = []
     for mangled, name in zip(code, demangled(list(code)), strict=True):
         if kernel := Kernel.named(name):
-            path = code[mangled].full_tile()
+            path = code[mangled].batch() if kernel.has_loop else code[mangled].full_tile()
             found.append(Result(arch, kernel, registers[mangled], path, problems(kernel, path)))
     return sorted(found, key=lambda result: result.kernel.title)
 
