@@ -11,7 +11,8 @@ namespace relu_ext::cuda {
 namespace {
 
 // Two or three operands with two vectors each: as many bytes in flight as the elementwise kernels have.
-using GatedTile = Tile<256, 2>;
+// The hint makes a store one instruction of 128 bits: without it nvcc 13.0 makes four of every other one.
+using GatedTile = Tile<256, 2, Hint::none, Hint::streaming>;
 
 template <class T, class Pointer>
 auto spaced(const Rows<Pointer>& rows, int64_t columns) {

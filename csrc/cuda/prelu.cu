@@ -10,7 +10,9 @@
 namespace relu_ext::cuda {
 namespace {
 
-using PreluTile = Tile<256, 2>;
+// float64 needs as many vectors as share a byte of bits.
+template <class T>
+using PreluTile = Tile<256, sizeof(T) == 8 ? 4 : 2>;
 
 // From so many on a run is long enough for a block of its own, though it does not divide into sectors of 32 bytes.
 constexpr int64_t long_run = 32;
@@ -81,8 +83,9 @@ cudaError_t with_slopes(const Work& work, bool is_aligned, Body body) {
 cudaError_t backward_from_bits(const PreluBackward& work, int64_t numel, cudaStream_t stream) {
   return with_slopes(work, are_aligned({work.grad, work.output}), [&](auto element, auto slopes, auto aligned) {
     using T = decltype(element);
-    const auto kernel = backward_kernel<Kept::bits, T, PreluTile, decltype(aligned)::value, decltype(slopes), uint8_t>;
-    return launch(kernel, blocks<T, PreluTile>(numel), PreluTile::threads, stream, slopes,
+    const auto kernel =
+        backward_kernel<Kept::bits, T, PreluTile<T>, decltype(aligned)::value, decltype(slopes), uint8_t>;
+    return launch(kernel, blocks<T, PreluTile<T>>(numel), PreluTile<T>::threads, stream, slopes,
                   static_cast<const T*>(work.grad), work.bits, static_cast<T*>(work.output), numel);
   });
 }
@@ -115,9 +118,9 @@ cudaError_t prelu(const Prelu& work, int64_t numel, cudaStream_t stream) {
   return with_slopes(work, are_aligned({work.input, work.output}), [&](auto element, auto slopes, auto aligned) {
     using T = decltype(element);
     constexpr bool whole = decltype(aligned)::value;
-    const auto kernel = work.bits ? forward_kernel<T, PreluTile, whole, true, decltype(slopes)>
-                                  : forward_kernel<T, PreluTile, whole, false, decltype(slopes)>;
-    return launch(kernel, blocks<T, PreluTile>(numel), PreluTile::threads, stream, slopes,
+    const auto kernel = work.bits ? forward_kernel<T, PreluTile<T>, whole, true, decltype(slopes)>
+                                  : forward_kernel<T, PreluTile<T>, whole, false, decltype(slopes)>;
+    return launch(kernel, blocks<T, PreluTile<T>>(numel), PreluTile<T>::threads, stream, slopes,
                   static_cast<const T*>(work.input), static_cast<T*>(work.output), work.bits, numel);
   });
 }

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 KERNELS, LAUNCHERS, MATHS = "cuda/kernels.cuh", "cuda/kernels.cu", "activations.h"
+GATED, PRELU, LAUNCH = "cuda/gated.cuh", "cuda/prelu.cuh", "cuda/launch.cuh"
 ONE_ORDER = "not backward and not shuffled"  # of threads: a third of the time
 TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of its own
 
@@ -115,21 +116,29 @@ MUTANTS = [
     Mutant(
         "index of 32 bits, no sign", KERNELS, "{ return (first + warp * k) *", "{ return unsigned(first + warp * k) *"
     ),
-    Mutant("a tile less one element is full", KERNELS, ">= elements_of<T, Tile>;", ">= elements_of<T, Tile> - 1;"),
-    Mutant("the output's alignment", LAUNCHERS, " | reinterpret_cast<uintptr_t>(work.output)", ""),
-    Mutant("8 bytes of alignment will do", LAUNCHERS, "% 16 == 0", "% 8 == 0"),
     Mutant(
-        "the last block is missing", LAUNCHERS, "(numel - 1) / elements_of<T, Tile> + 1", "numel / elements_of<T, Tile>"
+        "a tile less one element is full",
+        KERNELS,
+        ">= elements_of<T, Tile, lanes>;",
+        ">= elements_of<T, Tile, lanes> - 1;",
+    ),
+    Mutant("the output's alignment", LAUNCHERS, "are_aligned({work.input, work.output})", "are_aligned({work.input})"),
+    Mutant("8 bytes of alignment will do", LAUNCH, "% 16 == 0", "% 8 == 0"),
+    Mutant(
+        "the last block is missing",
+        LAUNCH,
+        "(numel - 1) / elements_of<T, Tile, lanes> + 1",
+        "numel / elements_of<T, Tile, lanes>",
     ),
     Mutant(
         "blocks of the wrong tile",
-        LAUNCHERS,
-        "(numel - 1) / elements_of<T, Tile>",
-        "(numel - 1) / elements_of<T, Large>",
+        LAUNCH,
+        "(numel - 1) / elements_of<T, Tile, lanes>",
+        "(numel - 1) / elements_of<T, cuda::Tile<256, 4>, lanes>",
     ),
-    Mutant("a block too many", LAUNCHERS, "elements_of<T, Tile> + 1;", "elements_of<T, Tile> + 2;"),
+    Mutant("a block too many", LAUNCH, "elements_of<T, Tile, lanes> + 1;", "elements_of<T, Tile, lanes> + 2;"),
     Mutant("a launch for no elements", LAUNCHERS, "if (numel == 0) return cudaSuccess;", ""),
-    Mutant("another stream", LAUNCHERS, "pointers, 0, stream)", "pointers, 0, nullptr)"),
+    Mutant("another stream", LAUNCH, "pointers, 0, stream)", "pointers, 0, nullptr)"),
     Mutant("elements read past the end", KERNELS, "if (j < count) vector", "vector", by_sanitizers),
     Mutant(
         "bits read past the end",
@@ -141,7 +150,7 @@ MUTANTS = [
     Mutant(
         "narrow loads",
         KERNELS,
-        "if (aligned && count == Vector<T>::lanes) {\n    const auto raw = reinterpret_cast<const",
+        "if (aligned && count == lanes) {\n    const auto raw = reinterpret_cast<const",
         "if (false) {\n    const auto raw = reinterpret_cast<const",
         by_machine_code,
     ),
@@ -158,8 +167,49 @@ MUTANTS = [
     Mutant(
         "vectors in local memory",
         KERNELS,
-        "values[k].lane[j] = act.backward(",
-        "values[(k + threadIdx.x) % Tile::vectors].lane[j] = act.backward(",
+        "values[k].lane[j] = own(act, owns[k], j).backward(",
+        "values[(k + threadIdx.x) % Tile::vectors].lane[j] = own(act, owns[k], j).backward(",
+        by_machine_code,
+    ),
+    Mutant(
+        "the exponential is elu's slope twice",
+        MATHS,
+        "select(x <= 0, g * (below * input_scale),",
+        "select(x <= 0, g * (below * input_scale * input_scale),",
+    ),
+    Mutant("relu_squared's gradient is not doubled", MATHS, "widen(grad) * root * 2;", "widen(grad) * root;"),
+    Mutant("reglu's mask is dropped", MATHS, "return select(widen(gate) <= 0, T{}, product);", "return product;"),
+    Mutant("the stride of a row is its columns", GATED, "data + element + row * gap", "data + element"),
+    Mutant("the row of a neighbour", GATED, "columns.quotient(Part::element(k))", "columns.quotient(Part::element(0))"),
+    Mutant(
+        "gradients of gate and up are swapped",
+        GATED,
+        "part.store(grad_up, k, grads[k])",
+        "part.store(grad_up, k, gates[k])",
+    ),
+    Mutant(
+        "rows need not divide into vectors", "cuda/gated.cu", "bool whole = columns % lanes == 0;", "bool whole = true;"
+    ),
+    Mutant("strides need not divide into vectors", "cuda/gated.cu", "whole &= stride % lanes == 0;", "whole &= true;"),
+    Mutant("the quotient is one less", "cuda/division.h", "/ uint64_t(value)) + 1;", "/ uint64_t(value));"),
+    Mutant("channels do not repeat", PRELU, "channel + 1 == slopes.channels.value ? 0 : channel + 1", "channel + 1"),
+    Mutant("a run is one longer", PRELU, "const bool next = left == 0;", "const bool next = left < 0;"),
+    Mutant("the sums' mask is dropped", MATHS, "return select(keep, Arithmetic<T>{}, product);", "return product;"),
+    Mutant("a column's channel is that of its first element", PRELU, "column * lanes + j);", "column * lanes);"),
+    Mutant("a part is lost", PRELU, "i < parts * inner.value;", "i < (parts - 1) * inner.value;"),
+    Mutant("the last of a part is lost", PRELU, "item + k * step < end ? column", "item + k * step + 1 < end ? column"),
+    Mutant("half a block's sums are lost", PRELU, "int reach = Sums::threads / 2;", "int reach = Sums::threads / 4;"),
+    Mutant(
+        "a lane's sum is lost", PRELU, "int j = 1; j < lanes; ++j) totals[0]", "int j = 2; j < lanes; ++j) totals[0]"
+    ),
+    Mutant("a barrier is missing", PRELU, "    __syncthreads();\n", ""),
+    Mutant("float64 is joined in float32", PRELU, "double total = 0;", "float total = 0;"),
+    Mutant("parts that the grid has not", "cuda/prelu.cu", "sums.groups.value * parts_of(sums)", "sums.groups.value"),
+    Mutant(
+        "gated stores of 32 bits",
+        "cuda/gated.cu",
+        "Tile<256, 2, Hint::none, Hint::streaming>",
+        "Tile<256, 2>",
         by_machine_code,
     ),
     Mutant("too few registers", KERNELS, "blocks = 1024 / threads_", "blocks = 2048 / threads_", by_machine_code),

@@ -659,7 +659,10 @@ def test_prelu_more_than_2_to_the_32_elements(dtype, channels):
         assert output.intact()
 
     work = prelu_work(Prelu, dtype, shape, input, weight, output, None)
-    check(lambda: KERNELS.launch("prelu", work, numel, STREAM), 512 * VECTOR // dtype.bytes)
+    check(
+        lambda: KERNELS.launch("prelu", work, numel, STREAM),
+        (1024 if dtype.bytes == 8 else 512) * VECTOR // dtype.bytes,
+    )
     if channels == 255:  # each block has some of the columns
         return
     both = prelu_work(PreluBackward, dtype, shape, input, input, None, weight, output, None)
