@@ -207,7 +207,7 @@ def test_record_agrees_with_the_extension():
     info = relu_ext.build_info()
     built = info["cuda"] is not None
     assert (b".nv_fatbin" in Path(_C.__file__).read_bytes()) == built
-    for operation, step in itertools.product(OPERATIONS, ("forward", "backward")):
+    for operation, step in itertools.product([row for row in OPERATIONS if row.keep], ("forward", "backward")):
         operator = f"relu_ext::{operation.name}_{step}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA") == built

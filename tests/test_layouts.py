@@ -241,7 +241,8 @@ def test_channels_last_network(operation, device):
         (hidden.flatten(1) @ weight).sum().backward()
         return convolution.weight.grad
 
-    assert_same(run(operation.function), run(operation.definition))
+    same = assert_same if operation.keep else torch.testing.assert_close  # a sum makes more of the last place
+    same(run(operation.function), run(operation.definition))
 
 
 def random_view(choose, shape, dtype):

@@ -201,7 +201,7 @@ def check_bits(operation, values, grad_values, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_length(operation, device, dtype, isa, threads):
+def test_every_length(operation, device, dtype, isa):
     for length in LENGTHS:
         check(operation, mixed_values(length, dtype, device, length), mixed_values(length, dtype, device, -length))
 
