@@ -5,8 +5,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "activations.h"
 #include "cuda/kernels.cuh"
 
 namespace {
@@ -91,21 +93,18 @@ void sweep_tile(const char* dtype, const Memory& memory) {
     print(step, dtype, memory, Tile::threads, Tile::vectors, name(Tile::loads), name(Tile::stores), microseconds,
           moved);
   };
-  report(
-      "forward",
-      time(memory,
-           [&] { forward_kernel<T, Tile, true, false><<<blocks, Tile::threads>>>(Relu{}, from, to, nullptr, numel); }),
-      2 * memory.bytes);
-  report("forward with bits",
-         time(memory,
-              [&] {
-                forward_kernel<T, Tile, true, true><<<blocks, Tile::threads>>>(Relu{}, from, to, memory.bits, numel);
-              }),
-         2 * memory.bytes + numel / 8);
-  report("backward",
-         time(memory,
-              [&] { backward_kernel<T, Tile, true><<<blocks, Tile::threads>>>(Relu{}, from, memory.bits, to, numel); }),
-         2 * memory.bytes + numel / 8);
+  const Relu<T, Device::cuda> relu{Scalars{}};
+  const auto forward = [&](auto with_bits) {
+    forward_kernel<T, Tile, true, with_bits><<<blocks, Tile::threads>>>(relu, from, to, memory.bits, numel);
+  };
+  const auto backward = [&] {
+    const uint8_t* const bits = memory.bits;
+    backward_kernel<Kept::bits, T, Tile, true><<<blocks, Tile::threads>>>(relu, from, bits, to, numel);
+  };
+  const int64_t moved = 2 * memory.bytes, with_bits = moved + numel / 8;
+  report("forward", time(memory, [&] { forward(std::false_type{}); }), moved);
+  report("forward with bits", time(memory, [&] { forward(std::true_type{}); }), with_bits);
+  report("backward", time(memory, backward), with_bits);
 }
 
 template <class T, int threads, int vectors>

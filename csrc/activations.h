@@ -4,10 +4,10 @@
 //   keep(input)            what backward needs to know of the input: one bit
 //   forward(input, keep)   the output, given that bit
 //   backward(grad, keep)   the input's gradient; linear in grad, so it is its own derivative
-// The others:
+// The others, in the type X that T is computed in; what they return is yet to be rounded to T:
 //   forward(input)                 the output
 //   backward<kept>(grad, value)    the input's gradient from the input or the output
-// computes: whether they do more than select; those that do have a form for floats, InFloat.
+// computes: whether they do more than select.
 //
 // T is the type of the elements: float, double, half or bfloat16. Everything is branch-free, so that the compiler can
 // turn the loop around it into vectors. Predicates are ATen's, NaN included.
@@ -101,7 +101,6 @@ struct LeakyRelu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
   static constexpr bool computes = true;
-  using InFloat = LeakyRelu<float, device>;
   Arithmetic<T> slope;
 
   explicit LeakyRelu(const Scalars& scalars) : slope(Arithmetic<T>(scalars[0])) {}
@@ -126,22 +125,19 @@ struct Elu {
   using X = Arithmetic<T>;
   static constexpr bool keeps_bits = false;
   static constexpr bool computes = true;
-  using InFloat = Elu<float>;
   X positive, negative, input_scale;
 
   explicit Elu(const Scalars& scalars)
       : positive(X(scalars[1])), negative(X(scalars[0]) * X(scalars[1])), input_scale(X(scalars[2])) {}
 
-  RELU_EXT_INLINE T forward(T input) const {
-    const X x = widen(input);
-    return narrow<T>(select(x < 0, expm1_nonpositive(x * input_scale) * negative, x * positive));
+  RELU_EXT_INLINE X forward(X input) const {
+    return select(input < 0, expm1_nonpositive(input * input_scale) * negative, input * positive);
   }
   // ATen's: from the output the slope is that of a value already rounded, so it is worse in the far tail.
   template <Kept kept>
-  RELU_EXT_INLINE T backward(T grad, T value) const {
-    const X g = widen(grad), x = widen(value);
-    const X below = kept == Kept::input ? exp_nonpositive(x * input_scale) * negative : x + negative;
-    return narrow<T>(select(x <= 0, g * (below * input_scale), g * positive));
+  RELU_EXT_INLINE X backward(X grad, X value) const {
+    const X below = kept == Kept::input ? exp_nonpositive(value * input_scale) * negative : value + negative;
+    return select(value <= 0, grad * (below * input_scale), grad * positive);
   }
 };
 
@@ -158,41 +154,49 @@ struct ReluSquared {
   using X = Arithmetic<T>;
   static constexpr bool keeps_bits = false;
   static constexpr bool computes = true;
-  using InFloat = ReluSquared<float>;
 
   explicit ReluSquared(const Scalars&) {}
 
-  RELU_EXT_INLINE T forward(T input) const {
-    const X root = rectified(widen(input));
-    return narrow<T>(root * root);
+  RELU_EXT_INLINE X forward(X input) const {
+    const X root = rectified(input);
+    return root * root;
   }
   template <Kept kept>
-  RELU_EXT_INLINE T backward(T grad, T value) const {
-    const X root = kept == Kept::input ? rectified(widen(value)) : widen(narrow<T>(square_root(widen(value))));
-    const X twice = widen(grad) * root * 2;
-    return narrow<T>(select(root <= 0, X{}, twice));
+  RELU_EXT_INLINE X backward(X grad, X value) const {
+    const X root = kept == Kept::input ? rectified(value) : rounded<T>(square_root(value));
+    const X twice = grad * root * 2;
+    return select(root <= 0, X{}, twice);
   }
 };
 
 // max(gate, 0) * up; each gradient is one product, rounded once.
-template <class T>
 struct Reglu {
-  using X = Arithmetic<T>;
-
-  static RELU_EXT_INLINE T forward(T gate, T up) { return narrow<T>(rectified(widen(gate)) * widen(up)); }
-  static RELU_EXT_INLINE T grad_gate(T grad, T gate, T up) {
-    const T product = narrow<T>(widen(grad) * widen(up));
-    return select(widen(gate) <= 0, T{}, product);
+  template <class X>
+  static RELU_EXT_INLINE X forward(X gate, X up) {
+    return rectified(gate) * up;
   }
-  static RELU_EXT_INLINE T grad_up(T grad, T gate) { return narrow<T>(widen(grad) * rectified(widen(gate))); }
+  template <class X>
+  static RELU_EXT_INLINE X grad_gate(X grad, X gate, X up) {
+    const X product = grad * up;
+    return select(gate <= 0, X{}, product);
+  }
+  template <class X>
+  static RELU_EXT_INLINE X grad_up(X grad, X gate) {
+    return forward(gate, grad);
+  }
 };
 
+// Of one element, whatever the activation.
 template <class Activation, class T>
 RELU_EXT_INLINE T output_of(const Activation& act, T input) {
   if constexpr (Activation::keeps_bits)
     return act.forward(input, act.keep(input));
   else
-    return act.forward(input);
+    return narrow<T>(act.forward(widen(input)));
+}
+template <Kept kept, class Activation, class T>
+RELU_EXT_INLINE T gradient_of(const Activation& act, T grad, T value) {
+  return narrow<T>(act.template backward<kept>(widen(grad), widen(value)));
 }
 
 }  // namespace relu_ext

@@ -48,7 +48,7 @@ struct Exponential {
 
   // For x <= 0; what is below lowest counts as that.
   RELU_EXT_INLINE Exponential(X x, X lowest) {
-    x = select(x < lowest, lowest, x);
+    x = x > lowest ? x : lowest;  // one instruction, which select() would not be
     const X shifted = x * Constants::per_ln2 + Constants::to_integer;
     const X rounded = shifted - Constants::to_integer;
     k = bit_cast<Word<X>>(shifted) - bit_cast<Word<X>>(Constants::to_integer);

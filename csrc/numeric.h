@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,12 +25,12 @@ struct Float16 {
 
   RELU_EXT_INLINE bool is_nan() const { return uint16_t(bits & 0x7fff) > infinity; }
 
-  // Grows with the value from 0 for -infinity, the same for both zeros; every NaN ranks above +infinity, the negative
-  // ones by wrapping around.
-  RELU_EXT_INLINE uint16_t rank() const {
-    const int16_t sign = int16_t(int16_t(bits) >> 15);                      // 0 or -1
-    const int16_t order = int16_t((int16_t(bits & 0x7fff) ^ sign) - sign);  // sign and magnitude to two's complement
-    return uint16_t(order + infinity);
+  // Grows with the value from -2^15 for -infinity, the same for both zeros; every NaN ranks above +infinity, the
+  // negative ones by wrapping around. Signed, because SSE and AVX2 compare signed integers only.
+  RELU_EXT_INLINE int16_t rank() const {
+    constexpr uint16_t zero = 0x8000u + infinity;
+    const uint16_t positive = zero + bits, negative = zero + 0x8000u - bits;
+    return int16_t(bits & 0x8000u ? negative : positive);
   }
 };
 
@@ -118,13 +119,17 @@ template <class T>
 RELU_EXT_INLINE T narrow(Arithmetic<T> value) {
   return value;
 }
+// The nearest bfloat16 in the upper half, whatever in the lower.
+RELU_EXT_INLINE uint32_t rounded_above(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
 template <>
 RELU_EXT_INLINE bfloat16 narrow<bfloat16>(float value) {
 #ifdef __CUDA_ARCH__
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 #else
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+  return {uint16_t(rounded_above(value) >> 16)};
 #endif
 }
 template <>
@@ -139,6 +144,15 @@ RELU_EXT_INLINE half narrow<half>(float value) {
   const uint32_t finite = select(magnitude < 0x38800000u, subnormal, normal);                   // 2^-14
   return {uint16_t((bits >> 16 & 0x8000u) | select(magnitude > 0x7f800000u, 0x7e00u, finite))};
 #endif
+}
+
+// To T and back.
+template <class T>
+RELU_EXT_INLINE Arithmetic<T> rounded(Arithmetic<T> value) {
+#ifndef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, bfloat16>) return bit_cast<float>(rounded_above(value) & 0xffff0000u);
+#endif
+  return widen(narrow<T>(value));
 }
 
 RELU_EXT_INLINE float square_root(float value) {

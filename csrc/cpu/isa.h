@@ -4,6 +4,7 @@
 // there are no per-file compiler flags, and no inline function of the standard library is ever compiled for a CPU that
 // the program may not run on (one definition rule).
 #pragma once
+#include <type_traits>
 
 namespace relu_ext {
 
@@ -28,23 +29,23 @@ void set_isa(const char* name);
 #if defined(__x86_64__)
 template <class Loop>
 [[gnu::target("avx2,fma,bmi2,f16c"), gnu::noinline]] void compiled_for_avx2(Loop loop) {
-  loop();
+  loop(std::integral_constant<Isa, Isa::avx2>{});
 }
 template <class Loop>
 [[gnu::target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2,f16c"), gnu::noinline]] void compiled_for_avx512(
     Loop loop) {
-  loop();
+  loop(std::integral_constant<Isa, Isa::avx512>{});
 }
 #endif
 
-// Runs loop(), compiled for the chosen instruction set.
+// Runs loop(instruction set), a constant, compiled for the chosen one.
 template <class Loop>
 void vectorised(Loop loop) {
 #if defined(__x86_64__)
   if (chosen_isa() == Isa::avx512) return compiled_for_avx512(loop);
   if (chosen_isa() == Isa::avx2) return compiled_for_avx2(loop);
 #endif
-  loop();
+  loop(std::integral_constant<Isa, Isa::portable>{});
 }
 
 }  // namespace relu_ext

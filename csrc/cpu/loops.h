@@ -61,6 +61,8 @@ RELU_EXT_INLINE const Activation& at(const Activation& act, int64_t) {
 }
 template <class T>
 struct Slopes {
+  static constexpr bool keeps_bits = true;
+  static constexpr bool computes = true;
   const Arithmetic<T>* slope;
 };
 template <class T>
@@ -121,7 +123,7 @@ template <Kept kept, class T, class Activation>
 RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const T* value, T* output, int64_t begin,
                                    int64_t end) {
   RELU_EXT_LANES
-  for (int64_t i = begin; i < end; ++i) output[i] = act.template backward<kept>(grad[i], value[i]);
+  for (int64_t i = begin; i < end; ++i) output[i] = gradient_of<kept>(act, grad[i], value[i]);
 }
 
 }  // namespace relu_ext::cpu

@@ -48,7 +48,8 @@ __device__ __forceinline__ void gated_tile(const Spaced<const T*>& gate, const S
 #pragma unroll
   for (int k = 0; k < Tile::vectors; ++k) {
 #pragma unroll
-    for (int j = 0; j < lanes; ++j) gates[k].lane[j] = Reglu<T>::forward(gates[k].lane[j], ups[k].lane[j]);
+    for (int j = 0; j < lanes; ++j)
+      gates[k].lane[j] = narrow<T>(Reglu::forward(widen(gates[k].lane[j]), widen(ups[k].lane[j])));
     part.store(output, k, gates[k]);
   }
 }
@@ -70,9 +71,9 @@ __device__ __forceinline__ void gated_backward_tile(const Spaced<const T*>& grad
   for (int k = 0; k < Tile::vectors; ++k) {
 #pragma unroll
     for (int j = 0; j < lanes; ++j) {
-      const T g = grads[k].lane[j], x = gates[k].lane[j];
-      if constexpr (to_gate) ups[k].lane[j] = Reglu<T>::grad_gate(g, x, ups[k].lane[j]);
-      if constexpr (to_up) grads[k].lane[j] = Reglu<T>::grad_up(g, x);
+      const Arithmetic<T> g = widen(grads[k].lane[j]), x = widen(gates[k].lane[j]);
+      if constexpr (to_gate) ups[k].lane[j] = narrow<T>(Reglu::grad_gate(g, x, widen(ups[k].lane[j])));
+      if constexpr (to_up) grads[k].lane[j] = narrow<T>(Reglu::grad_up(g, x));
     }
     if constexpr (to_gate) part.store(grad_gate, k, ups[k]);
     if constexpr (to_up) part.store(grad_up, k, grads[k]);

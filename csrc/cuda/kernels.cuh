@@ -152,7 +152,7 @@ __device__ __forceinline__ void forward_tile(Activation act, const T* input, T* 
         value = one.forward(value, keep);
         kept[k] |= uint32_t(keep && j < part.count(k)) << j;
       } else {
-        value = act.forward(value);
+        value = output_of(act, value);
       }
     }
     store<Tile::stores, aligned>(output + part.element(k), part.count(k), values[k]);
@@ -197,7 +197,7 @@ __device__ __forceinline__ void backward_tile(Activation act, const T* grad, con
   for (int k = 0; k < Tile::vectors; ++k) {
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j)
-      values[k].lane[j] = act.template backward<from>(values[k].lane[j], others[k].lane[j]);
+      values[k].lane[j] = gradient_of<from>(act, values[k].lane[j], others[k].lane[j]);
     store<Tile::stores, aligned>(output + part.element(k), part.count(k), values[k]);
   }
 }

@@ -1,10 +1,7 @@
 // The launchers and the emulator's record of launches, with a C interface.
-#include "cuda/kernels.cu"
+#include "cuda/kernels.h"
 
 #include <cuda_runtime.h>
-
-#include "cuda/gated.cu"
-#include "cuda/prelu.cu"
 
 using namespace relu_ext;
 

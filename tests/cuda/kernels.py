@@ -10,8 +10,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_double, c_int64, c_uint, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -32,19 +34,33 @@ VARIANTS = {
 }
 
 
-def build(source: Path, target: Path, flags: Iterable[str], csrc: Path = ROOT / "csrc") -> Path:
-    """Compiles and links one file over the emulator, unless target is newer than all it may be made of."""
-    made_of = [source, *(path for folder in (HERE / "emulator", csrc) for path in folder.rglob("*") if path.is_file())]
+def build(sources: Iterable[Path], target: Path, flags: Iterable[str], csrc: Path = ROOT / "csrc") -> Path:
+    """Compiles files over the emulator, side by side, and links them, unless target is newer than all it may be of."""
+    folders = (HERE / "emulator", csrc)
+    made_of = [*sources, *(path for folder in folders for path in folder.rglob("*") if path.is_file())]
     if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in made_of):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_suffix(f".{os.getpid()}")
-    subprocess.run([CXX, *FLAGS, *flags, f"-I{HERE / 'emulator'}", f"-I{csrc}", source, "-o", new], check=True)
-    return new.replace(target)
+    command = [CXX, *FLAGS, *flags, *(f"-I{folder}" for folder in folders)]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+
+        def compiled(source: Path) -> Path:
+            made = Path(folder) / f"{source.stem}_{source.suffix[1:]}.o"
+            subprocess.run([*command, "-x", "c++", "-c", source, "-o", made], check=True)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sources))
+        linked = Path(folder) / target.name
+        subprocess.run([*command, *objects, "-o", linked], check=True)
+        return linked.replace(target)
 
 
-def build_library(variant: str) -> Path:
-    return build(HERE / "kernels.cpp", BUILT / f"{variant}.so", [*LIBRARY, *VARIANTS[variant]])
+def build_library(
+    variant: str, target: Path | None = None, csrc: Path = ROOT / "csrc", flags: Iterable[str] = ()
+) -> Path:
+    sources = [HERE / "kernels.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    return build(sources, target or BUILT / f"{variant}.so", [*LIBRARY, *VARIANTS[variant], *flags], csrc)
 
 
 @dataclass(frozen=True)

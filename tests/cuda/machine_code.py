@@ -28,8 +28,8 @@ DEFAULT = ["80", "90"]
 # Instructions from the first load to the last, of which there are up to eight: addresses, and what the scheduler puts
 # between them.
 MAX_SPREAD = 32
-# Where each address takes a division of 64 bits.
-MAX_SPREAD_OF_DIVISIONS = 80
+# Where the address of each of a batch takes a division of 64 bits by multiplication, of 16 instructions.
+MAX_SPREAD_OF_DIVISIONS = MAX_SPREAD + 4 * 16
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings"]
 PTXAS_FLAGS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]

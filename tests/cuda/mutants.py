@@ -1,4 +1,6 @@
-"""Plants bugs in copies of the CUDA kernels, one each, and expects tests to fail: python mutants.py [words of a name].
+"""Plants bugs in copies of the CUDA kernels, one each, and expects tests to fail.
+
+python mutants.py [words of a name], or --fit: only sees that each edit still fits the source, which takes no time.
 
 A bug is an edit of csrc/, caught by the kernels' tests over the emulator or, where every result stays right, by the
 sanitizers or the check of the machine code. Without nvcc the last are left out, and it says so.
@@ -11,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import machine_code
-from kernels import HERE, LIBRARY, ROOT, VARIANTS, build, environment, pytest_command
+from kernels import ROOT, build_library, environment, pytest_command
 from rich.console import Console
 from rich.table import Table
 
@@ -29,8 +32,8 @@ TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of
 
 def by_tests(csrc: Path, variant: str = "plain") -> str | None:
     """What ended the run, or the first test that fails; or None."""
-    flags = [*LIBRARY, *VARIANTS[variant], "-g0", "-w"]  # a bug may leave a variable unused
-    library = build(HERE / "kernels.cpp", csrc.parent / "kernels.so", flags, csrc)
+    flags = ["-g0", "-w"]  # a bug may leave a variable unused
+    library = build_library(variant, csrc.parent / "kernels.so", csrc, flags)
     command = pytest_command("-x", "--tb=no", "-p", "no:cacheprovider", "-k", ONE_ORDER)
     process = subprocess.run(command, env=environment(variant, library), cwd=ROOT, capture_output=True, text=True)
     if process.returncode == 0:
@@ -97,8 +100,8 @@ MUTANTS = [
     Mutant(
         "rounded towards zero",
         "numeric.h",
-        "uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)",
-        "uint16_t(bits >> 16)",
+        "return bits + 0x7fffu + (bits >> 16 & 1u);",
+        "return bits;",
     ),
     Mutant("one element too many is written", KERNELS, "if (j < count) to[j]", "if (j <= count) to[j]"),
     Mutant("the last element is not read", KERNELS, "if (j < count) vector", "if (j + 1 < count) vector"),
@@ -174,11 +177,11 @@ MUTANTS = [
     Mutant(
         "the exponential is elu's slope twice",
         MATHS,
-        "select(x <= 0, g * (below * input_scale),",
-        "select(x <= 0, g * (below * input_scale * input_scale),",
+        "select(value <= 0, grad * (below * input_scale),",
+        "select(value <= 0, grad * (below * input_scale * input_scale),",
     ),
-    Mutant("relu_squared's gradient is not doubled", MATHS, "widen(grad) * root * 2;", "widen(grad) * root;"),
-    Mutant("reglu's mask is dropped", MATHS, "return select(widen(gate) <= 0, T{}, product);", "return product;"),
+    Mutant("relu_squared's gradient is not doubled", MATHS, "grad * root * 2;", "grad * root;"),
+    Mutant("reglu's mask is dropped", MATHS, "return select(gate <= 0, X{}, product);", "return product;"),
     Mutant("the stride of a row is its columns", GATED, "data + element + row * gap", "data + element"),
     Mutant("the row of a neighbour", GATED, "columns.quotient(Part::element(k))", "columns.quotient(Part::element(0))"),
     Mutant(
@@ -223,12 +226,19 @@ class Verdict:
     seconds: float
 
 
-def judge(mutant: Mutant) -> Verdict:
-    start = time.monotonic()
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[Path]:
+    """A copy of csrc/ with the bug."""
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
         shutil.copytree(ROOT / "csrc", csrc)
         mutant.plant(csrc)
+        yield csrc
+
+
+def judge(mutant: Mutant) -> Verdict:
+    start = time.monotonic()
+    with planted(mutant) as csrc:
         return Verdict(mutant, mutant.caught(csrc), time.monotonic() - start)
 
 
@@ -238,6 +248,14 @@ def print_table(verdicts: list[Verdict]) -> None:
         caught = verdict.caught or "[bold red]nothing"
         table.add_row(verdict.mutant.name, verdict.mutant.file, caught, f"{verdict.seconds:.0f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def fit() -> int:
+    for mutant in MUTANTS:
+        with planted(mutant):
+            pass
+    print(f"{len(MUTANTS)} planted bugs fit the source")
+    return 0
 
 
 def main(word: str = "") -> int:
@@ -254,4 +272,4 @@ def main(word: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(fit() if sys.argv[1:] == ["--fit"] else main(*sys.argv[1:]))

@@ -13,7 +13,7 @@ INVALID_VALUE, INVALID_CONFIGURATION = 1, 9  # cudaError_t
 @pytest.fixture(scope="module", params=VARIANTS)
 def run(request):
     """Runs one of cases.cpp's kernels; returns the process."""
-    program = build(HERE / "emulator" / "cases.cpp", BUILT / f"cases-{request.param}", VARIANTS[request.param])
+    program = build([HERE / "emulator" / "cases.cpp"], BUILT / f"cases-{request.param}", VARIANTS[request.param])
 
     def run(kernel, *sizes, order=0):
         environment = {**os.environ, "EMULATOR_ORDER": str(order)}

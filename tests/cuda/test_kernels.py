@@ -41,10 +41,22 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=["0", "1", "7"], ids=["forward", "backward", "shuffled"])
+ORDERS = {"forward": "0", "backward": "1", "shuffled": "7"}
+
+
+@pytest.fixture(params=ORDERS)
 def order(request, monkeypatch):
     """Of threads and blocks."""
-    monkeypatch.setenv("EMULATOR_ORDER", request.param)
+    monkeypatch.setenv("EMULATOR_ORDER", ORDERS[request.param])
+
+
+# Threads that share bytes of bits might depend on it. The others exchange nothing.
+in_every_order = pytest.mark.parametrize(
+    "activation, order",
+    [(activation, order) for activation in ACTIVATIONS for order in (ORDERS if activation.keep else ["forward"])],
+    ids=str,
+    indirect=["order"],
+)
 
 
 def special_elements(dtype):
@@ -241,22 +253,22 @@ def test_every_name_is_here():
     assert {dtype.name for dtype in DTYPES} == set(names_of("Dtype"))
 
 
-@pytest.mark.usefixtures("order")
-def test_every_length_up_to_more_than_a_warp(activation, dtype):
+@in_every_order
+def test_every_length_up_to_more_than_a_warp(activation, order, dtype):
     for count in range(32 * VECTOR // dtype.bytes + 2 * VECTOR):
         check_length(activation, dtype, count)
 
 
-@pytest.mark.usefixtures("order")
-def test_lengths_at_the_edges_of_blocks(activation, dtype):
+@in_every_order
+def test_lengths_at_the_edges_of_blocks(activation, order, dtype):
     block = per_block(dtype, 2**16)
     for blocks in (1, 2, 5):
         for beside in (*range(-VECTOR - 1, VECTOR + 2), -block // 2 - 1, block // 2 + 1):
             check_length(activation, dtype, blocks * block + beside)
 
 
-@pytest.mark.usefixtures("order")
-def test_every_value(activation, dtype):
+@in_every_order
+def test_every_value(activation, order, dtype):
     """Of 16 bits; of wider types as many random ones."""
     count = 2**16
     elements = np.arange(count).astype(dtype.word) if dtype.bytes == 2 else random_elements(count, dtype)
@@ -271,14 +283,14 @@ def test_pointers_at_any_element(activation, dtype, count):
             check_length(activation, dtype, count, elements_at=elements_at, output_at=output_at)
 
 
-@pytest.mark.usefixtures("order")
-def test_bits_at_any_byte(activation, dtype):
+@in_every_order
+def test_bits_at_any_byte(activation, order, dtype):
     for bits_at in range(VECTOR):
         check_length(activation, dtype, 3001, bits_at=bits_at)
 
 
-@pytest.mark.usefixtures("order")
-def test_lengths_at_the_edges_of_large_tiles(activation, dtype):
+@in_every_order
+def test_lengths_at_the_edges_of_large_tiles(activation, order, dtype):
     start = large_from(dtype)
     block = per_block(dtype, start)
     for beside in (0, 1, 7, 8, 9, VECTOR, 31 * VECTOR + 1, block // 2 + 3, block - 9, block - 1):
@@ -295,7 +307,10 @@ def test_more_than_2_to_the_32_elements(activation, dtype, aligned):
     check_blocks(activation, dtype, count, sorted(blocks), block, at)
 
 
+@pytest.mark.parametrize("activation", [ACTIVATIONS[0], ACTIVATIONS[-1]], ids=str)
 def test_every_block_around_the_change_of_tiles(activation, dtype):
+    """Of a row that keeps bits and one that keeps elements: apart from that, neither the choice of a tile nor the
+    division among blocks regards the activation."""
     start = large_from(dtype)
     for count in (start - 1, start + 3001):
         elements = random_elements(count, dtype)
@@ -396,7 +411,6 @@ def launcher(name):
     return lambda *arguments: KERNELS.launch(name, *arguments)
 
 
-@pytest.mark.usefixtures("order")
 def test_gated_rows(dtype):
     """Of vectors and of parts of one, apart by so many of either, in any number."""
     lanes = VECTOR // dtype.bytes
@@ -409,7 +423,6 @@ def test_gated_rows(dtype):
         check_gated(dtype, 30 * 96, 96, strides)
 
 
-@pytest.mark.usefixtures("order")
 def test_gated_lengths_of_one_row(dtype):
     """A dense tensor: vectors whatever its length."""
     for numel in (*range(1, 40), 511, 2047, 2048, 2049, 4096, 8191, 8193):
