@@ -39,9 +39,12 @@ CHECK := .venv-check/bin
 # PyPI's build of it is for CUDA 13.0.
 CUDA_TORCH := torch==2.11.0
 
+# Tests run in as many processes, where there is what that takes.
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
+
 .PHONY: test bench build check check-style check-cuda check-all cuda-build gpu format clean
 test: $(BUILT)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) benchmarks/run.py $(ARGS)
@@ -74,11 +77,11 @@ check-style: .venv-check/ready
 # Bugs planted to try those tests, ten minutes, are for check-all: here they must only fit the source.
 check-cuda: .venv-check/ready $(BUILT)
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
-	$(CHECK)/python tests/cuda/kernels.py plain
-	$(CHECK)/python tests/cuda/kernels.py sanitized $(ONE_ORDER)
+	$(CHECK)/python tests/cuda/kernels.py plain -n 2
+	$(CHECK)/python tests/cuda/kernels.py sanitized -n 2 $(ONE_ORDER)
 	$(CHECK)/python tests/cuda/machine_code.py $(ARCHS)
 	$(CHECK)/python tests/cuda/mutants.py $(MUTANTS)
-	$(PY) tests/cuda/pretend/run.py
+	$(PY) tests/cuda/pretend/run.py $(WORKERS)
 
 check-all: ARCHS := all
 check-all: ONE_ORDER :=

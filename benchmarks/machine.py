@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -60,6 +61,20 @@ def huge_pages() -> str | None:
     """The mode in brackets: always, madvise or never."""
     modes = _read(HUGE_PAGES)
     return modes[modes.index("[") + 1 : modes.index("]")] if modes and "[" in modes else None
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed, up to tensors of 32 MB; False where the allocator is another.
+
+    By default it gives the end of the heap back to the system, and whether a tensor of megabytes then costs page
+    faults hangs on the order in which others were freed: one competitor may pay in every round and the next in none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    settings = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_THRESHOLD: 32 * 2**20}
+    return bool(mallopt) and all(mallopt(name, value) for name, value in settings.items())
 
 
 def commit() -> str | None:

@@ -193,7 +193,10 @@ def speed_record(
     copies = harness.copy_calls(grad)
     calls = harness.step_calls(step, functions, operands, grad) | copies
     sampler = gpu.cold_l2 if grad.is_cuda else partial(harness.wall_clock, threads=options.threads)
-    samples = harness.measure(calls, options.seconds, sampler)
+    # Autograd's engine turns gradients off for the nodes that it calls; where they are on, a node that keeps tensors
+    # records its own history.
+    with torch.set_grad_enabled(step != BACKWARD):
+        samples = harness.measure(calls, options.seconds, sampler)
     record = timed("speed", operation, step, dtype, shape, samples, options.threads)
     passes = operation.passes(step, grad.itemsize)
     best = min(copies, key=lambda name: record["seconds"][name]["median"])
@@ -271,6 +274,7 @@ def measure_all(device: torch.device, options: Options, progress: Progress) -> l
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    keeps = machine.keep_freed_memory()
     # A log has no width of its own; 80 columns would fold the tables.
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -281,6 +285,7 @@ def main() -> None:
             records = measure_all(device, options, progress)
         verdicts = report.verdicts(name, records)
         about = machine.describe(device, options.threads)
+        about["settings"]["keeps_freed_memory"] = keeps
         about |= {"seconds": time.perf_counter() - start, "other_processes": others.share()}
         report.show(console, about, records, verdicts)
         path = Path(str(options.json).format(device=machine.file_name(device)))

@@ -1,13 +1,13 @@
-"""pytest plugin: torch.cuda over the pretended device, and which of the project's tests run on it.
-
-The device itself (device.cpp) must be loaded before torch: run.py does that.
-"""
+"""pytest plugin: torch.cuda over the pretended device, and which of the project's tests run on it."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
-import torch
+from run import load_device
+
+load_device()
+import torch  # noqa: E402
 
 # Of the tests that take `device`, those that cannot run here, by a pattern of their names, each with its reason.
 LEFT_OUT = {

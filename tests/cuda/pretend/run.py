@@ -25,7 +25,7 @@ def torch_cuda() -> str | None:
 
 
 def load_device() -> None:
-    """Before torch, which asks once, when it is imported, whether there are CUDA hooks."""
+    """device.cpp, before torch, which asks once, when it is imported, whether there are CUDA hooks."""
     ctypes.CDLL(next(BUILT.glob("_device*.so")), ctypes.RTLD_GLOBAL)
 
 
@@ -41,7 +41,6 @@ def main() -> int:
         print(built.stdout + built.stderr)
         return built.returncode
     sys.path[:1] = [str(BUILT), str(HERE)]
-    load_device()
     import pytest
 
     os.chdir(ROOT)
