@@ -44,7 +44,7 @@ struct Relu {
   static constexpr bool computes = false;
   explicit Relu(const Scalars&) {}
 
-  RELU_EXT_INLINE bool keep(T input) const { return !(as<X>(input) <= X{}); }
+  RELU_EXT_INLINE bool keep(T input) const { return not_at_most_0(as<X>(input)); }
   RELU_EXT_INLINE T forward(T input, bool keep) const { return select(keep, input, T{}); }
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return select(keep, grad, T{}); }
 };
@@ -66,10 +66,10 @@ struct Hardtanh {
 
   RELU_EXT_INLINE bool keep(T input) const {
     const X x = as<X>(input);
-    return !((x <= below) | (above <= x));
+    return not_at_most(x, below) & not_at_least(x, above);
   }
   RELU_EXT_INLINE T forward(T input, bool keep) const {
-    const T bound = select(as<X>(input) <= below, low, high);
+    const T bound = select(not_at_most(as<X>(input), below), high, low);
     return select(keep, input, bound);
   }
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return select(keep, grad, T{}); }
@@ -90,7 +90,7 @@ struct Threshold {
                                         : as<X>(narrow<T>(Arithmetic<T>(scalars[0])))),
         value(narrow<T>(Arithmetic<T>(scalars[1]))) {}
 
-  RELU_EXT_INLINE bool keep(T input) const { return !(as<X>(input) <= threshold); }
+  RELU_EXT_INLINE bool keep(T input) const { return not_at_most(as<X>(input), threshold); }
   RELU_EXT_INLINE T forward(T input, bool keep) const { return select(keep, input, value); }
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return select(keep, grad, T{}); }
 };

@@ -23,7 +23,7 @@ template <uint16_t infinity>
 struct Float16 {
   uint16_t bits;
 
-  RELU_EXT_INLINE bool is_nan() const { return uint16_t(bits & 0x7fff) > infinity; }
+  RELU_EXT_INLINE bool is_nan() const { return rank() > int16_t(0x8000u + 2u * infinity); }
 
   // Grows with the value from -2^15 for -infinity, the same for both zeros; every NaN ranks above +infinity, the
   // negative ones by wrapping around. Signed, because SSE and AVX2 compare signed integers only.
@@ -34,10 +34,28 @@ struct Float16 {
   }
 };
 
-// `&`, not `&&`: a branch would keep the loop around it scalar.
+// !(value <= bound), so true for NaN; the bound is a number. `>` alone, which is one instruction where `<=` takes two.
+RELU_EXT_INLINE bool not_at_most(float value, float bound) { return !(value <= bound); }
+RELU_EXT_INLINE bool not_at_most(double value, double bound) { return !(value <= bound); }
 template <uint16_t infinity>
-RELU_EXT_INLINE bool operator<=(Float16<infinity> a, Float16<infinity> b) {
-  return (a.rank() <= b.rank()) & !b.is_nan();
+RELU_EXT_INLINE bool not_at_most(Float16<infinity> value, Float16<infinity> bound) {
+  return value.rank() > bound.rank();
+}
+
+// !(value >= bound), so true for NaN. `|`, not `||`: a branch would keep the loop around it scalar.
+RELU_EXT_INLINE bool not_at_least(float value, float bound) { return !(value >= bound); }
+RELU_EXT_INLINE bool not_at_least(double value, double bound) { return !(value >= bound); }
+template <uint16_t infinity>
+RELU_EXT_INLINE bool not_at_least(Float16<infinity> value, Float16<infinity> bound) {
+  return (bound.rank() > value.rank()) | value.is_nan();
+}
+
+// !(value <= 0)
+RELU_EXT_INLINE bool not_at_most_0(float value) { return !(value <= 0); }
+RELU_EXT_INLINE bool not_at_most_0(double value) { return !(value <= 0); }
+template <uint16_t infinity>
+RELU_EXT_INLINE bool not_at_most_0(Float16<infinity> value) {
+  return !((int16_t(value.bits) <= int16_t(0x8000u | infinity)) | (value.bits == 0));
 }
 
 // value > 0

@@ -75,10 +75,13 @@ struct Bound {
   Scalars scalars;
 };
 
-// With as many scalars as the operation has arguments; nullopt for those that are ATen's, with its errors.
+// With as many scalars as the operation has arguments; nullopt for those that are ATen's, with its errors: NaN, with
+// which no kernel compares, among them.
 inline std::optional<Bound> bind(const Operation& operation, const double* given) {
   Bound bound{&operation, operation.scalars};
   std::copy_n(given, operation.arguments, bound.scalars.begin());
+  if (std::any_of(given, given + operation.arguments, [](double scalar) { return std::isnan(scalar); }))
+    return std::nullopt;
   if (operation.complete && !operation.complete(bound.scalars)) return std::nullopt;
   return bound;
 }

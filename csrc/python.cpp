@@ -8,7 +8,6 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -52,10 +51,7 @@ auto without_gil(const at::Tensor& input, Call call) {
 constexpr long long exact_in_double = 1ll << 53;
 
 std::optional<double> number(PyObject* object) {
-  if (PyFloat_CheckExact(object)) {
-    const double value = PyFloat_AS_DOUBLE(object);
-    return std::isnan(value) ? std::nullopt : std::optional(value);
-  }
+  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
   if (!PyLong_CheckExact(object)) return std::nullopt;
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);

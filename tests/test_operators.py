@@ -60,6 +60,15 @@ def test_wrong_number_of_scalars(operation, device, requires_grad):
             raw(operation, "backward")(input, bits, [1], wrong)
 
 
+@pytest.mark.parametrize("operation", [row for row in OPERATIONS if row.keep and row.scalars], ids=str)
+def test_a_scalar_that_is_nan(operation, device):
+    wrong = [*operation.scalars[1:], float("nan")]
+    with pytest.raises(ValueError, match=f"are not those of a {operation.name}"):
+        raw(operation, "forward")(torch.ones(3, device=device), wrong)
+    with pytest.raises(ValueError, match=f"are not those of a {operation.name}"):
+        raw(operation, "backward")(torch.ones(3, device=device), byte(device, 7), [1], wrong)
+
+
 # The forward
 
 

@@ -84,12 +84,14 @@ RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output
     uint64_t kept = 0;
     if constexpr (from_bytes) {
       alignas(64) uint8_t bytes[64] = {};
+      uint16_t byte = 0xff;
+      asm("" : "+r"(byte));  // of a constant, g++ would make the negative of a bool: twice the instructions
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const T x = input[i + j];
         const bool keep = at(act, i + j).keep(x);
         output[i + j] = at(act, i + j).forward(x, keep);
-        bytes[j] = uint8_t(-int(keep));
+        bytes[j] = uint8_t(keep ? byte : uint16_t(0));
       }
       kept = pack(bytes);
     } else {

@@ -81,15 +81,15 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("NaN is dropped", MATHS, "return !(as<X>(input) <= X{});", "return is_positive(as<X>(input));"),
-    Mutant("zero is kept", MATHS, "return !(as<X>(input) <= X{});", "return !(as<X>(input) < X{});"),
+    Mutant("NaN is dropped", MATHS, "return not_at_most_0(as<X>(input));", "return is_positive(as<X>(input));"),
+    Mutant("zero is kept", MATHS, "return not_at_most_0(as<X>(input));", "return !(as<X>(input) < X{});"),
     Mutant(
         "backward is the wrong way round",
         MATHS,
         "return select(keep, grad, scaled);",
         "return select(!keep, grad, scaled);",
     ),
-    Mutant("the lower bound passes", MATHS, "return !((x <= below) |", "return !((x < below) |"),
+    Mutant("the lower bound passes", MATHS, "return not_at_most(x, below) &", "return !(x < below) &"),
     Mutant(
         "the threshold is not rounded",
         MATHS,
