@@ -1,5 +1,5 @@
 // 16-bit floats in loops that compute: widened to float, computed with, and rounded back, a block at a time. Where the
-// instruction set converts by the vector, a block is one vector and nothing leaves the registers.
+// instruction set converts by the vector, a block is a vector or two and nothing leaves the registers.
 #pragma once
 #include <array>
 #include <cstddef>
