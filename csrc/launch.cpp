@@ -104,8 +104,10 @@ std::tuple<Tensor, Tensor> forward_bits(const Bound& bound, const Tensor& input)
   checked_dtype(input);
   const OnDevice device(input);
   const bool dense = input.is_non_overlapping_and_dense();
-  Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
+  // Before the output: of the memory that glibc has for two large tensors, the bits then take a corner of one and leave
+  // the other whole, where they would go between them. In a loop of steps three blocks took turns, not two.
   Tensor bits = allocate_bits(input);
+  Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
   // No copy of the handle: a second reference to a tensor that Python owns takes the interpreter lock in torch 2.13.
   run_forward(bound, dense ? input : output, output, bits.mutable_data_ptr<uint8_t>());
   return {std::move(output), std::move(bits)};

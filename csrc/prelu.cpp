@@ -35,8 +35,8 @@ Tensor broadcastable(const Tensor& weight, int64_t dims) {
 
 Outputs forward(const Channels& channels, const Tensor& input, const Tensor& weight, bool with_bits) {
   const launch::OnDevice device(input);
-  Tensor output = launch::allocate_like(input), bits;
-  if (with_bits) bits = launch::allocate_bits(input);
+  Tensor bits = with_bits ? launch::allocate_bits(input) : Tensor();
+  Tensor output = launch::allocate_like(input);
   backend_of(input).prelu({*dtype_of(input), channels, input.const_data_ptr(), weight.const_data_ptr(),
                            output.mutable_data_ptr(), with_bits ? bits.mutable_data_ptr<uint8_t>() : nullptr},
                           input.numel());
