@@ -14,8 +14,8 @@ import torch
 from cases import BACKWARD, FORWARD, Operation
 from torch.utils.benchmark import Timer
 
-# A block of calls this long makes the clock's own cost and resolution (0.1 us) invisible, and the first calls, for which
-# the caches still hold another competitor's tensors, few.
+# A block of calls this long makes the clock's own cost and resolution (0.1 us) invisible, and the first calls, for
+# which the caches still hold another competitor's tensors, few.
 BLOCK_SECONDS = 2e-2
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
