@@ -74,7 +74,7 @@ check-style: .venv-check/ready
 
 # The kernels in emulation, alone and under sanitizers (with threads in one order: all touch the same memory); their
 # machine code; and the tests of the whole extension on a pretended device. What needs nvcc says so where there is none.
-# Bugs planted to try those tests, ten minutes, are for check-all: here they must only fit the source.
+# Bugs planted to try those tests take longer than all of that and are for check-all: here they must only fit the source.
 check-cuda: .venv-check/ready $(BUILT)
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
 	$(CHECK)/python tests/cuda/kernels.py plain -n 2

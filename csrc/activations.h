@@ -106,7 +106,7 @@ struct LeakyRelu {
   explicit LeakyRelu(const Scalars& scalars) : slope(Arithmetic<T>(scalars[0])) {}
   RELU_EXT_INLINE explicit LeakyRelu(Arithmetic<T> slope) : slope(slope) {}
 
-  RELU_EXT_INLINE bool keep(T input) const { return is_positive(as<X>(input)); }
+  static RELU_EXT_INLINE bool keep(T input) { return is_positive(as<X>(input)); }
   RELU_EXT_INLINE T forward(T input, bool keep) const { return backward(input, keep); }
   RELU_EXT_INLINE T backward(T grad, bool keep) const {
     const T scaled = narrow<T>(widen(grad) * slope);

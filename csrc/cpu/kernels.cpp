@@ -1,6 +1,8 @@
 // From a description of the work to the loop that does it.
 #include "../kernels.h"
 
+#include <type_traits>
+
 #include "../dispatch.h"
 #include "staged.h"
 

@@ -44,7 +44,7 @@ class SlopesOf {
   const T* weight;
   int64_t begin, end;
   std::vector<X> repeated;
-  alignas(64) X several[chunk + padding] = {};
+  alignas(64) X several[chunk + padding];
 
   // slopes[k] = that of element i + k.
   void spread(int64_t i, int64_t count, X* slopes) const {
@@ -74,17 +74,22 @@ class SlopesOf {
   template <class Body>
   void in_parts(int64_t most, Body body) {
     for (int64_t i = begin; i < end;) {
-      const Run run = run_at(channels, i);
-      int64_t count = std::min({run.length, end - i, most});
+      const int64_t left = end - i;
       if (!repeated.empty()) {
-        count = std::min<int64_t>(chunk, end - i);
+        const int64_t count = std::min<int64_t>(chunk, left);
         body(Slopes<T>{repeated.data() + (i - begin) % channels.channels}, i, count);
-      } else if (count >= alignment || i + count == end) {
-        if (i + count < end) count -= count % alignment;
+        i += count;
+        continue;
+      }
+      const Run run = run_at(channels, i);
+      int64_t count = std::min({run.length, left, most});
+      if (count >= alignment || count == left) {
+        if (count < left) count -= count % alignment;
         body(LeakyRelu<T, Device::cpu>(widen(weight[run.channel])), i, count);
       } else {
-        count = std::min<int64_t>(channels.inner < 2 * alignment ? chunk : alignment, end - i);
+        count = std::min<int64_t>(channels.inner < 2 * alignment ? chunk : alignment, left);
         spread(i, count, several);
+        std::fill_n(several + count, padding, X{});
         body(Slopes<T>{several}, i, count);
       }
       i += count;

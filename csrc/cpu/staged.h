@@ -134,7 +134,7 @@ struct ProductOf {
   static constexpr bool keeps_bits = true;
   T product;
 
-  RELU_EXT_INLINE bool keep(T input) const { return is_positive(input); }
+  static RELU_EXT_INLINE bool keep(T input) { return LeakyRelu<T, Device::cpu>::keep(input); }
   RELU_EXT_INLINE T forward(T input, bool keep) const { return select(keep, input, product); }
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return forward(grad, keep); }
 };

@@ -29,7 +29,8 @@ DEFAULT = ["80", "90"]
 # between them.
 MAX_SPREAD = 32
 # Where the address of each of a batch takes a division of 64 bits by multiplication, of 16 instructions.
-MAX_SPREAD_OF_DIVISIONS = MAX_SPREAD + 4 * 16
+BATCH = 4  # Sums::batch
+MAX_SPREAD_OF_DIVISIONS = MAX_SPREAD + BATCH * 16
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings"]
 PTXAS_FLAGS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror"]
@@ -48,7 +49,6 @@ GATED = re.compile(
 )
 SUMMING = re.compile(rf"cuda::prelu_backward_kernel<(?P<by>\w+), {ELEMENT}, \d+, (?P<aligned>\w+)>")
 JOINING = "cuda::prelu_join_kernel<"  # adds up what the others left: next to nothing
-BATCH = 4  # Sums::batch
 KEPT = ["bits", "input", "output"]
 SPREAD = ["one", "consecutive", "any"]
 INSTRUCTION = re.compile(
