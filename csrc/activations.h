@@ -68,9 +68,11 @@ struct Hardtanh {
     const X x = as<X>(input);
     return not_at_most(x, below) & not_at_least(x, above);
   }
-  RELU_EXT_INLINE T forward(T input, bool keep) const {
-    const T bound = select(not_at_most(as<X>(input), below), high, low);
-    return select(keep, input, bound);
+  // Selected twice, where g++ makes more of a single selection by keep.
+  RELU_EXT_INLINE T forward(T input, bool) const {
+    const X x = as<X>(input);
+    const T bounded = select(not_at_least(x, above), input, high);
+    return select(not_at_most(x, below), bounded, low);
   }
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return select(keep, grad, T{}); }
 };

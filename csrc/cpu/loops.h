@@ -1,13 +1,15 @@
 // The loops, in plain C++ that the compiler turns into vectors of whatever width the instruction set has.
 //
-// The bits of a block of elements are gathered in one integer. Where elements are 32 or 64 bits wide, a block is as
-// many elements as an element has bits: every lane builds or tests its own bit, word |= keep ? bit[j] : 0, and no lane
-// needs another. One body serves whole blocks (constant count) and the tail.
+// The bits of 64 elements are gathered in one integer, a vector of them at a time: forward, every lane leaves a mask
+// and one instruction makes bits of a vector of masks; backward, every lane tests its own bit of a word as wide as an
+// element. One body serves whole blocks (constant count) and the tail.
 #pragma once
+#include <algorithm>
+
 #include "../activations.h"
 #include "isa.h"
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace relu_ext::cpu {
@@ -38,21 +40,77 @@ RELU_EXT_INLINE void for_blocks(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, int(end - i));
 }
 
-// Sixty-four bytes, each 0 or 255, to bits.
-RELU_EXT_INLINE uint64_t pack(const uint8_t* bytes) {
-  uint64_t bits = 0;
-#if defined(__x86_64__)  // SSE2 is part of x86-64; no compiler finds movemask by itself
-  for (int j = 0; j < 4; ++j)
-    bits |= uint64_t(_mm_movemask_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes) + j))) << 16 * j;
+// body(i, count): as for_blocks for the elements 0 to count - 1 of a block; unrolled, for there are at most 64.
+template <int lanes, class Body>
+RELU_EXT_INLINE void for_vectors(int count, Body body) {
+#pragma GCC unroll 32
+  for (int i = 0; i < count; i += lanes) body(i, count - i < lanes ? count - i : lanes);
+}
+
+// The bits of `lanes` elements from their masks, each all ones or zeros. Nothing here is always_inline, see Conversion.
+template <Isa>
+struct Masks {
+  static constexpr int vector = 16;  // bytes
+#if defined(__x86_64__)              // SSE2 is part of x86-64; no compiler finds movemask by itself
+  template <class W>
+  static constexpr int lanes = sizeof(W) == 2 ? 16 : 16 / sizeof(W);
+  static uint32_t bits(const uint16_t* mask) {
+    const auto half = reinterpret_cast<const __m128i*>(mask);
+    return _mm_movemask_epi8(_mm_packs_epi16(_mm_loadu_si128(half), _mm_loadu_si128(half + 1)));
+  }
+  static uint32_t bits(const uint32_t* mask) {
+    return _mm_movemask_ps(_mm_loadu_ps(reinterpret_cast<const float*>(mask)));
+  }
+  static uint32_t bits(const uint64_t* mask) {
+    return _mm_movemask_pd(_mm_loadu_pd(reinterpret_cast<const double*>(mask)));
+  }
 #else
-  for (int j = 0; j < 8; ++j) {  // the product gathers the eight lowest bits in the top byte
-    uint64_t eight;
-    std::memcpy(&eight, bytes + 8 * j, 8);
-    bits |= ((eight & 0x0101010101010101u) * 0x0102040810204080u >> 56) << 8 * j;
+  template <class W>
+  static constexpr int lanes = 8 * sizeof(W);
+  template <class W>
+  static W bits(const W* mask) {
+    W bits = 0;
+    RELU_EXT_LANES
+    for (int j = 0; j < lanes<W>; ++j) bits |= mask[j] & single<W>.bit[j];
+    return bits;
   }
 #endif
-  return bits;
-}
+};
+
+#if defined(__x86_64__)
+template <>
+struct Masks<Isa::avx2> {
+  static constexpr int vector = 32;
+  template <class W>
+  static constexpr int lanes = sizeof(W) == 2 ? 32 : 32 / sizeof(W);
+  [[gnu::target("avx2")]] static uint32_t bits(const uint16_t* mask) {
+    const auto half = reinterpret_cast<const __m256i*>(mask);
+    const __m256i packed = _mm256_packs_epi16(_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1));
+    return _mm256_movemask_epi8(_mm256_permute4x64_epi64(packed, 0b11011000));  // 64 bits each: 0 2 1 3
+  }
+  [[gnu::target("avx2")]] static uint32_t bits(const uint32_t* mask) {
+    return _mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(mask)));
+  }
+  [[gnu::target("avx2")]] static uint32_t bits(const uint64_t* mask) {
+    return _mm256_movemask_pd(_mm256_loadu_pd(reinterpret_cast<const double*>(mask)));
+  }
+};
+template <>
+struct Masks<Isa::avx512> {
+  static constexpr int vector = 64;
+  template <class W>
+  static constexpr int lanes = 64 / sizeof(W);
+  [[gnu::target("avx512bw")]] static uint32_t bits(const uint16_t* mask) {
+    return _mm512_movepi16_mask(_mm512_loadu_si512(mask));
+  }
+  [[gnu::target("avx512dq")]] static uint32_t bits(const uint32_t* mask) {
+    return _mm512_movepi32_mask(_mm512_loadu_si512(mask));
+  }
+  [[gnu::target("avx512dq")]] static uint32_t bits(const uint64_t* mask) {
+    return _mm512_movepi64_mask(_mm512_loadu_si512(mask));
+  }
+};
+#endif
 
 // The activation of element i: the same for all, or one that is given for each.
 template <class Activation>
@@ -76,52 +134,48 @@ RELU_EXT_INLINE void forward_loop(Activation act, const T* input, T* output, int
   for (int64_t i = begin; i < end; ++i) output[i] = output_of(at(act, i), input[i]);
 }
 
-template <class T, class Activation>
+template <Isa isa, class T, class Activation>
 RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output, uint8_t* bits, int64_t begin,
                                        int64_t end) {
-  constexpr bool from_bytes = sizeof(T) == 2;  // or-ing sixteen short lanes together takes longer than all the rest
-  for_blocks<from_bytes ? 64 : 8 * sizeof(T)>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
+  using W = Word<T>;
+  constexpr int lanes = Masks<isa>::template lanes<W>;
+  for_blocks<64>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
     uint64_t kept = 0;
-    if constexpr (from_bytes) {
-      alignas(64) uint8_t bytes[64] = {};
-      uint16_t byte = 0xff;
-      asm("" : "+r"(byte));  // of a constant, g++ would make the negative of a bool: twice the instructions
+    for_vectors<lanes>(count, [=, &kept](int first, int count) RELU_EXT_INLINE_LAMBDA {
+      alignas(64) W mask[lanes] = {};
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
-        const T x = input[i + j];
-        const bool keep = at(act, i + j).keep(x);
-        output[i + j] = at(act, i + j).forward(x, keep);
-        bytes[j] = uint8_t(keep ? byte : uint16_t(0));
+        const int64_t k = i + first + j;
+        const T x = input[k];
+        const bool keep = at(act, k).keep(x);
+        output[k] = at(act, k).forward(x, keep);
+        mask[j] = keep ? W(-1) : W(0);
       }
-      kept = pack(bytes);
-    } else {
-      Word<T> lanes = 0;
-      RELU_EXT_LANES
-      for (int j = 0; j < count; ++j) {
-        const T x = input[i + j];
-        const bool keep = at(act, i + j).keep(x);
-        output[i + j] = at(act, i + j).forward(x, keep);
-        lanes |= keep ? single<Word<T>>.bit[j] : Word<T>(0);
-      }
-      kept = lanes;
-    }
+      kept |= uint64_t(Masks<isa>::bits(mask)) << first;
+    });
     std::memcpy(bits + i / 8, &kept, (count + 7) / 8);
   });
 }
 
-template <Kept, class T, class Activation>
+template <Isa isa, Kept, class T, class Activation>
 RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const uint8_t* bits, T* output, int64_t begin,
                                    int64_t end) {
-  for_blocks<8 * sizeof(T)>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
-    Word<T> kept = 0;
-    std::memcpy(&kept, bits + i / 8, (count + 7) / 8);
-    RELU_EXT_LANES
-    for (int j = 0; j < count; ++j)
-      output[i + j] = at(act, i + j).backward(grad[i + j], (kept & single<Word<T>>.bit[j]) != 0);
+  using W = Word<T>;
+  constexpr int word = 8 * sizeof(W), lanes = std::min(word, Masks<isa>::vector / int(sizeof(W)));
+  for_blocks<64>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
+    W kept[64 / word] = {};
+    std::memcpy(kept, bits + i / 8, (count + 7) / 8);
+    for_vectors<lanes>(count, [=, &kept](int first, int count) RELU_EXT_INLINE_LAMBDA {
+      RELU_EXT_LANES
+      for (int j = 0; j < count; ++j) {
+        const int64_t k = i + first + j;
+        output[k] = at(act, k).backward(grad[k], (kept[first / word] & single<W>.bit[first % word + j]) != 0);
+      }
+    });
   });
 }
 
-template <Kept kept, class T, class Activation>
+template <Isa, Kept kept, class T, class Activation>
 RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const T* value, T* output, int64_t begin,
                                    int64_t end) {
   RELU_EXT_LANES

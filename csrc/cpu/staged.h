@@ -166,7 +166,7 @@ RELU_EXT_INLINE void forward_loops(Activation act, const T* input, T* output, ui
   if constexpr (Activation::keeps_bits)
     with_products<isa>(act, input, begin, end, [=](auto act, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
       if (bits)
-        forward_bits_loop(act, input + i, output + i, bits + i / 8, 0, count);
+        forward_bits_loop<isa>(act, input + i, output + i, bits + i / 8, 0, count);
       else
         forward_loop(act, input + i, output + i, 0, count);
     });
@@ -181,12 +181,12 @@ RELU_EXT_INLINE void backward_loops(Activation act, const T* grad, const K* valu
                                     int64_t end) {
   if constexpr (kept == Kept::bits)
     with_products<isa>(act, grad, begin, end, [=](auto act, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
-      backward_loop<kept>(act, grad + i, value + i / 8, output + i, 0, count);
+      backward_loop<isa, kept>(act, grad + i, value + i / 8, output + i, 0, count);
     });
   else
     staged<isa>(std::array{grad, value}, std::array{output}, begin, end,
                 [=](auto& from, auto& to, int64_t, int64_t count)
-                    RELU_EXT_INLINE_LAMBDA { backward_loop<kept>(act, from[0], from[1], to[0], 0, count); });
+                    RELU_EXT_INLINE_LAMBDA { backward_loop<isa, kept>(act, from[0], from[1], to[0], 0, count); });
 }
 
 }  // namespace relu_ext::cpu
