@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Operation:
     inplace: Pair | None = None
     module: Pair | None = None
     operands: Callable[[Random, tuple[int, ...]], list[Tensor]] = one_input  # the first has the output's shape
-    curve: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # drawn where there are more operands
+    curve: dict[str, Callable[[Tensor], Tensor]] | None = None  # what is drawn; None: the function
     every_shape: bool = False  # else few shapes, and of the host time a call alone: the default run stays short
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     forward_passes: int = 2
@@ -90,6 +90,15 @@ PRELU = Operation(
     curve={"prelu, weight 0.25": lambda x: relu_ext.prelu(x, x.new_tensor([0.25]))},
     backward_passes=3,
     ulps=4,
+)
+
+RELU_SQUARED = Operation(
+    name="relu_squared",
+    torch_name="relu(x).square()",  # as models write it; in float16 on a CPU torch squares with a scalar pow
+    function=Pair(relu_ext.relu_squared, lambda x: torch.relu(x).square()),
+    dtypes=tuple(DTYPES),
+    backward_passes=3,
+    ulps=1,
 )
 
 OPERATIONS = (
@@ -162,13 +171,13 @@ OPERATIONS = (
         backward_passes=3,
         ulps=4,
     ),
-    Operation(
-        name="relu_squared",
-        torch_name="relu(x) * relu(x)",
+    RELU_SQUARED,
+    replace(
+        RELU_SQUARED,
+        name="relu_squared_product",
+        torch_name="(r := relu(x)) * r",
         function=Pair(relu_ext.relu_squared, lambda x: (r := torch.relu(x)) * r),
-        dtypes=tuple(DTYPES),
-        backward_passes=3,
-        ulps=1,
+        curve={},
     ),
     PRELU,
     replace(PRELU, name="prelu_channels", operands=channel_weights, curve={}),

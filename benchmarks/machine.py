@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,25 @@ def huge_pages() -> str | None:
     return modes[modes.index("[") + 1 : modes.index("]")] if modes and "[" in modes else None
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+# What glibc reads when a process starts; other allocators do not look at it.
+TUNABLES = {
+    # By default the end of the heap goes back to the system, and whether a tensor of megabytes then costs page faults
+    # hangs on the order in which others were freed: one competitor may pay in every round and the next in none.
+    "glibc.malloc.trim_threshold": 2**31 - 1,
+    "glibc.malloc.mmap_threshold": 32 * 2**20,
+    # posix_memalign cuts off what is beyond the alignment, and these two lists keep such pieces apart: a block that is
+    # freed does not fit the next request of its size, so tensors wander through more memory than the caches hold.
+    "glibc.malloc.tcache_count": 0,
+    "glibc.malloc.mxfast": 0,
+}
 
 
-def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed, up to tensors of 32 MB; False where the allocator is another.
-
-    By default it gives the end of the heap back to the system, and whether a tensor of megabytes then costs page
-    faults hangs on the order in which others were freed: one competitor may pay in every round and the next in none.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    settings = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_THRESHOLD: 32 * 2**20}
-    return bool(mallopt) and all(mallopt(name, value) for name, value in settings.items())
+def restart_with_steady_malloc() -> None:
+    """Starts this program anew where GLIBC_TUNABLES is not set, with a malloc that gives the same blocks in each round
+    to each competitor."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        settings = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": settings})
 
 
 def commit() -> str | None:
@@ -161,6 +168,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "settings": {
             "threads": threads,
             "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
             "RELU_EXT_ISA": os.environ.get("RELU_EXT_ISA"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
             "transparent_hugepage": huge_pages(),

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from cases import COMPILED, DTYPES, EAGER, OPERATIONS, OURS, STEPS, one_input, size_name
+from cases import COMPILED, DTYPES, EAGER, OPERATIONS, OURS, STEPS, size_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -212,7 +212,7 @@ def draw_curve(axes: Axes, name: str, function: Any) -> None:
 def curves(results: Record, path: Path) -> None:
     functions = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
     for operation in OPERATIONS:
-        functions |= {operation.name: operation.function.ours} if operation.operands is one_input else operation.curve
+        functions |= {operation.name: operation.function.ours} if operation.curve is None else operation.curve
     columns = 5
     lines = len(functions) // columns + 1  # and a place for the legend
     size = (2.6 * columns, 2.3 * lines + 0.8)

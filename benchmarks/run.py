@@ -273,8 +273,8 @@ def measure_all(device: torch.device, options: Options, progress: Progress) -> l
 
 def main() -> None:
     options = parse()
+    machine.restart_with_steady_malloc()
     torch.set_num_threads(options.threads)
-    keeps = machine.keep_freed_memory()
     # A log has no width of its own; 80 columns would fold the tables.
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -285,7 +285,6 @@ def main() -> None:
             records = measure_all(device, options, progress)
         verdicts = report.verdicts(name, records)
         about = machine.describe(device, options.threads)
-        about["settings"]["keeps_freed_memory"] = keeps
         about |= {"seconds": time.perf_counter() - start, "other_processes": others.share()}
         report.show(console, about, records, verdicts)
         path = Path(str(options.json).format(device=machine.file_name(device)))
