@@ -36,11 +36,14 @@ RELU_EXT_INLINE X as(T value) {
     return widen(value);
 }
 
+// by_sign: whether keep looks at nothing but the input's sign.
+
 // max(input, 0); NaN passes, and so does its gradient, as in ATen's threshold_backward.
 template <class T, Device device>
 struct Relu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
+  static constexpr bool by_sign = true;
   static constexpr bool computes = false;
   explicit Relu(const Scalars&) {}
 
@@ -54,6 +57,7 @@ template <class T, Device device>
 struct Hardtanh {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
+  static constexpr bool by_sign = false;
   static constexpr bool computes = false;
   X below, above;  // the gradient stops at these, ...
   T low, high;     // ... the output at these: the same bounds, rounded as ATen's clamp rounds them
@@ -82,6 +86,7 @@ template <class T, Device device>
 struct Threshold {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
+  static constexpr bool by_sign = false;
   static constexpr bool computes = false;
   X threshold;
   T value;
@@ -102,6 +107,7 @@ template <class T, Device device>
 struct LeakyRelu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
+  static constexpr bool by_sign = true;
   static constexpr bool computes = true;
   Arithmetic<T> slope;
 

@@ -23,14 +23,6 @@ namespace {
 
 using at::Tensor;
 
-// The same function of grad as ATen calls, for gradients that the kernels do not take: PyTorch then batches,
-// differentiates or traces them itself.
-Tensor gradient_definition(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-  const Tensor kept = kept_by_bits(bits, grad.sym_sizes(), stride);
-  if (bound.operation->activation == Activation::leaky_relu) return at::where(kept, grad, grad.mul(bound.scalars[0]));
-  return at::where(kept, grad, 0);
-}
-
 Gradients gradients;
 
 std::pair<NodePtr, KernelBackward*> node_after(const Bound& bound, Kept kept, const Tensor& input,
@@ -126,7 +118,7 @@ Tensor gradient_from(const Bound& bound, Kept kept, const Tensor& grad, const Te
 }
 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
-  const auto& [bound, kept, stride] = keeping;
+  const auto& [bound, kept, stride, dim, factor] = keeping;
   if (!needs[0]) return variable_list(1);
   if (kept == Kept::bits) return {gradient(bound, grad, saved[0], stride)};
   return {gradient_from(bound, kept, grad, saved[0])};
@@ -175,6 +167,12 @@ bool takes_kernels(const Bound& bound, const Tensor& input, Road taken) {
 }
 
 }  // namespace
+
+Tensor gradient_definition(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  const Tensor kept = kept_by_bits(bits, grad.sym_sizes(), stride);
+  if (bound.operation->activation == Activation::leaky_relu) return at::where(kept, grad, grad.mul(bound.scalars[0]));
+  return at::where(kept, grad, 0);
+}
 
 Tensor kept_by_bits(const Tensor& bits, c10::SymIntArrayRef sizes, c10::SymIntArrayRef stride) {
   const Tensor position = at::arange(8, bits.options());

@@ -1,6 +1,9 @@
 // What a device does for the torch-facing code: a table of functions for each. Below launch.cpp nothing else differs.
 #pragma once
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
+
+#include <optional>
 
 #include "kernels.h"
 
@@ -17,6 +20,10 @@ struct Backend {
   void (*gated_backward)(const GatedBackward&, int64_t numel);
   void (*prelu)(const Prelu&, int64_t numel);
   void (*prelu_backward)(const PreluBackward&, int64_t numel);
+  void (*fused)(const Fused&, int64_t numel);
+  void (*fused_backward)(const FusedBackward&, int64_t numel);
+  // Numbers that no other call has had, of this generator or the device's own. Throws for one of another device.
+  Stream (*next_stream)(const std::optional<at::Generator>&);
 };
 
 namespace cpu {

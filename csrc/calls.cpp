@@ -19,7 +19,7 @@ Registered::Registered(const Operation& operation)
     : recorded(std::string("relu_ext::") + operation.name),
       recorded_in_place(recorded + "_"),
       recorded_backward(recorded + "_backward") {
-  if (operation.kept != Kept::bits) return;
+  if (!operation.has_operators()) return;
   forward = find(recorded + "_forward").typed<Forward>();
   backward = find(recorded_backward).typed<Backward>();
 }

@@ -93,6 +93,61 @@ struct PreluBackward {
   void* grad_weight;
 };
 
+// Random numbers of Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011),
+// 16 bits an element: those of elements 8 g to 8 g + 7 are the block of counter (g, offset) and key seed, low halves of
+// words first. So the numbers hang on nothing but seed, offset and place.
+struct Stream {
+  uint64_t seed, offset;
+  // While a CUDA graph is captured, where a replay will find the seed, and what is to be added to offset; else null.
+  const int64_t *seed_at, *offset_at;
+};
+
+// An element is dropped where its random number is above `last`, else multiplied by `factor`.
+struct Dropout {
+  Stream stream;
+  uint16_t last;
+  double factor;  // 0: there is no dropout
+};
+
+// output = drop(act(input * scale + shift + residual)), and the bits where bits is not null; a dropped element has
+// none. scale and shift have a value for each channel, next to each other. What is null is not there; input * scale
+// without shift, and residual or shift with dropout, are not among the combinations. output may be input or residual,
+// else they don't overlap.
+struct Fused {
+  Activation activation;
+  Scalars scalars;
+  Dtype dtype;
+  Channels channels;
+  const void* input;
+  const void* scale;
+  const void* shift;
+  const void* residual;
+  Dropout dropout;
+  void* output;
+  uint8_t* bits;
+};
+
+// masked = the gradient that grad and the bits give, or the forward's output where its activation is relu, times
+// factor. grad_input = masked * scale; grad_residual = masked; grad_shift and grad_scale = the sums of masked and of
+// masked * input over each channel. Without scale grad_residual is null, being grad_input. Null are those that are not
+// wanted, and input and scale where they are not needed. grad_input or grad_residual may be grad itself.
+struct FusedBackward {
+  Activation activation;
+  Scalars scalars;
+  Dtype dtype;
+  Channels channels;
+  Kept kept_as;
+  const void* grad;
+  const void* kept;
+  const void* input;
+  const void* scale;
+  double factor;  // of dropout, else 0
+  void* grad_input;
+  void* grad_residual;
+  void* grad_scale;
+  void* grad_shift;
+};
+
 constexpr int64_t bytes_of_bits(int64_t numel) { return numel / 8 + (numel % 8 != 0); }
 
 namespace cpu {
@@ -109,8 +164,14 @@ void prelu(const Prelu&, int64_t begin, int64_t end);
 
 // sums: of this range alone, one a channel, is added to; null where grad_weight is. grad_weight itself is not written.
 void prelu_backward(const PreluBackward&, double* sums, int64_t begin, int64_t end);
-// grad_weight[channel] = sums[channel], rounded.
-void round_sums(const PreluBackward&, const double* sums);
+void fused(const Fused&, int64_t begin, int64_t end);
+
+// sums: of this range alone, is added to: a value a channel for each of the vectors of channels whose gradients are
+// wanted, in the order of the struct's members. Those gradients themselves are not written.
+void fused_backward(const FusedBackward&, double* sums, int64_t begin, int64_t end);
+
+// gradient[channel] = sums[channel], rounded.
+void round_sums(Dtype, const double* sums, int64_t channels, void* gradient);
 
 // Tells the system that these bytes, not touched so far, are about to be written.
 void expect_writes(void* memory, int64_t bytes);

@@ -28,7 +28,7 @@ std::pair<Ptr, T*> make_owned(Args&&... args) {
 variable_list KernelBackward::unpacked() {
   variable_list tensors;
   tensors.reserve(saved_.size());
-  for (const auto& saved : saved_) tensors.push_back(saved.unpack(keeping_.kept == Kept::output ? getptr() : nullptr));
+  for (const auto& [variable, is_output] : saved_) tensors.push_back(variable.unpack(is_output ? getptr() : nullptr));
   return tensors;
 }
 
@@ -41,12 +41,14 @@ Needs KernelBackward::needs() const {
 variable_list KernelBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!grads[0].defined()) return variable_list(num_outputs());
-  return gradients_(keeping_, grads[0], unpacked(), needs());
+  variable_list gradients = gradients_(keeping_, grads[0], unpacked(), needs());
+  gradients.resize(num_outputs());
+  return gradients;
 }
 
 void KernelBackward::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& saved : saved_) saved.reset_data();
+  for (auto& saved : saved_) saved.variable.reset_data();
 }
 
 void KernelBackward::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
@@ -54,7 +56,9 @@ void KernelBackward::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& ar
   for (const double scalar : keeping_.bound.scalars) args.collect(scalar);
   args.collect(int64_t(keeping_.kept));
   args.collect(c10::SymIntArrayRef(keeping_.stride));
-  for (const auto& saved : saved_) args.collect(saved, keeping_.kept == Kept::output);
+  args.collect(keeping_.dim);
+  args.collect(keeping_.factor);
+  for (const auto& [variable, is_output] : saved_) args.collect(variable, is_output);
 }
 
 variable_list KernelBackward::apply_with_saved(const variable_list& grads,
@@ -62,17 +66,21 @@ variable_list KernelBackward::apply_with_saved(const variable_list& grads,
   namespace compiled = torch::dynamo::autograd;
   using Stride = std::vector<c10::SymInt>;
 
-  const auto traced = [gradients = gradients_, bound = keeping_.bound, kept = keeping_.kept, inputs = num_outputs()](
+  const auto traced = [gradients = gradients_, keeping = keeping_, inputs = num_outputs()](
                           const variable_list& grads, const std::vector<c10::IValue>& packed) {
     compiled::PackedArgs args(packed);
     const auto tensors = args.unpack<variable_list>();
     const auto stride = args.unpack<Stride>();
     const auto needs = args.unpack<Needs>();
     if (!grads[0].defined()) return variable_list(inputs);
-    return gradients({bound, kept, {stride.begin(), stride.end()}}, grads[0], tensors, needs);
+    Keeping traced = keeping;
+    traced.stride.assign(stride.begin(), stride.end());
+    variable_list results = gradients(traced, grads[0], tensors, needs);
+    results.resize(inputs);
+    return results;
   };
 
-  for (auto& variable : saved_) saved.before(variable);
+  for (auto& own : saved_) saved.before(own.variable);
   saved.before(keeping_.stride);
   compiled::PackedArgs packed;
   packed.pack(unpacked());
@@ -88,13 +96,13 @@ variable_list KernelBackward::apply_with_saved(const variable_list& grads,
                                                 /*is_custom_function=*/true, /*is_traceable=*/true);
   auto inputs = compiler->call_function(saved.get_py_compiler(), "apply_functional", function, grads,
                                         std::move(packed).vec(), metadata);
-  for (auto& variable : saved_) saved.after(variable);
+  for (auto& own : saved_) saved.after(own.variable);
   saved.after(keeping_.stride);
   return inputs;
 }
 
 std::pair<NodePtr, KernelBackward*> make_node(Gradients* gradients, Keeping keeping,
-                                              std::initializer_list<torch::autograd::Edge> edges) {
+                                              at::ArrayRef<torch::autograd::Edge> edges) {
   auto made = make_owned<NodePtr, KernelBackward>(gradients, std::move(keeping));
   for (const auto& edge : edges) made.second->add_next_edge(edge);
   return made;

@@ -18,17 +18,20 @@ using torch::autograd::variable_list;
 using NodePtr = decltype(torch::autograd::Edge::function);
 
 // An operation's most inputs.
-constexpr size_t most_inputs = 2;
+constexpr size_t most_inputs = 4;
 using Needs = std::array<bool, most_inputs>;
 
-// What a node keeps beside tensors. stride: of the forward's output, which the bits follow.
+// What a node keeps beside tensors. stride: of the forward's output, which the bits follow. dim: of the channels.
+// factor: of dropout.
 struct Keeping {
   Bound bound;
   Kept kept;
   c10::SymDimVector stride;
+  int64_t dim = 0;
+  double factor = 0;
 };
 
-// The gradients of those inputs that are needed.
+// The gradients of those inputs that are needed; more than there are inputs, or fewer, where they are undefined.
 using Gradients = variable_list(const Keeping&, const at::Tensor& grad, const variable_list& saved, const Needs&);
 
 struct KernelBackward final : torch::autograd::Node {
@@ -45,19 +48,24 @@ struct KernelBackward final : torch::autograd::Node {
 
   // is_output: of this node. inplace_view: the operation overwrote a view.
   void save(const at::Tensor& tensor, bool is_output = false, bool inplace_view = false) {
-    saved_.emplace_back(tensor, is_output, inplace_view);
+    saved_.push_back({{tensor, is_output, inplace_view}, is_output});
   }
 
  private:
   variable_list unpacked();
   Needs needs() const;
 
+  struct Saved {
+    torch::autograd::SavedVariable variable;
+    bool is_output;
+  };
+
   Gradients* gradients_;
   Keeping keeping_;
-  c10::SmallVector<torch::autograd::SavedVariable, 1> saved_;
+  c10::SmallVector<Saved, 1> saved_;
 };
 
 // A node that leads to these edges, one an input.
-std::pair<NodePtr, KernelBackward*> make_node(Gradients*, Keeping, std::initializer_list<torch::autograd::Edge>);
+std::pair<NodePtr, KernelBackward*> make_node(Gradients*, Keeping, at::ArrayRef<torch::autograd::Edge>);
 
 }  // namespace relu_ext

@@ -10,8 +10,15 @@
 
 namespace relu_ext {
 
-// What an operation is given: a tensor; one and a vector of a value for each of its channels; two alike.
-enum class Form : uint8_t { elementwise, channels, gated };
+// What an operation is given: a tensor; one and a vector of a value for each of its channels; two alike; one and what
+// `beside` says; one, of which it drops elements; an input, a weight and a bias or none.
+enum class Form : uint8_t { elementwise, channels, gated, fused, dropout, linear };
+
+// The tensors beside the input of a fused operation, in this order: vectors of a value for each channel, and one like
+// the input, which where there is a scale may be None.
+struct Beside {
+  bool scale, shift, residual;
+};
 
 // They set scalars that follow from the arguments. False: these are ATen's affair.
 namespace complete {
@@ -34,7 +41,15 @@ struct Operation {
   bool (*complete)(Scalars&) = nullptr;
   Form form = Form::elementwise;
   bool autocast = false;  // whether ATen has an autocast rule for it; then an active autocast is ATen's affair
+  Beside beside = {};
+
+  // Whether there are registered operators for its forward with bits and its backward.
+  constexpr bool has_operators() const { return kept == Kept::bits && form == Form::elementwise; }
 };
+
+constexpr Operation fused(const char* name, const char* node, Activation activation, Beside beside) {
+  return {name, node, Kept::bits, false, activation, 0, {}, nullptr, Form::fused, false, beside};
+}
 
 inline constexpr double selu_alpha = 1.6732632423543772848170429916717;  // arXiv:1706.02515, as ATen has them
 inline constexpr double selu_scale = 1.0507009873554804934193349852946;
@@ -52,6 +67,13 @@ inline constexpr std::array operations{
     Operation{
         "prelu", "PReLUBackward", Kept::input, false, Activation::leaky_relu, 0, {}, nullptr, Form::channels, true},
     Operation{"reglu", "ReGLUBackward", Kept::input, false, Activation::relu, 0, {}, nullptr, Form::gated},
+    fused("add_relu", "AddReLUBackward", Activation::relu, {false, false, true}),
+    fused("bias_relu", "BiasReLUBackward", Activation::relu, {false, true, false}),
+    fused("scale_shift_relu", "ScaleShiftReLUBackward", Activation::relu, {true, true, true}),
+    Operation{
+        "relu_dropout", "ReLUDropoutBackward", Kept::bits, false, Activation::relu, 0, {}, nullptr, Form::dropout},
+    Operation{
+        "linear_relu", "LinearReLUBackward", Kept::output, false, Activation::relu, 0, {}, nullptr, Form::linear, true},
 };
 
 // In place the input is gone; in float16 the squares of numbers below 2^-12 have lost digits.
@@ -66,8 +88,6 @@ inline constexpr const Operation* operation_of(Activation activation, Form form)
     if (operation.activation == activation && operation.form == form) return &operation;
   return nullptr;
 }
-
-inline constexpr int tensors_of(Form form) { return form == Form::elementwise ? 1 : 2; }
 
 // An operation with the scalars of one call.
 struct Bound {

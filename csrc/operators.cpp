@@ -31,6 +31,8 @@ Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef
   return at::empty_strided_symint(grad.sym_sizes(), stride, grad.options());
 }
 
+Outputs meta_dropout(const Tensor& input, double, std::optional<at::Generator>) { return meta_forward(input, {}); }
+
 Bound checked(const Operation& operation, at::ArrayRef<double> scalars) {
   TORCH_CHECK(scalars.size() == size_t(operation.arguments), "relu_ext: ", operation.name, " has ", operation.arguments,
               " scalars, got ", scalars.size());
@@ -62,7 +64,7 @@ struct Kernels {
 template <class Each, size_t... rows>
 void for_rows(Each each, std::index_sequence<rows...>) {
   const auto where_bits = [&](auto row) {
-    if constexpr (operations[row].kept == Kept::bits) each(row);
+    if constexpr (operations[row].has_operators()) each(row);
   };
   (where_bits(std::integral_constant<size_t, rows>{}), ...);
 }
@@ -80,6 +82,8 @@ TORCH_LIBRARY(relu_ext, library) {
     library.def(
         (backward_name(row) + "(Tensor grad, Tensor bits, SymInt[] stride, float[] scalars=[]) -> Tensor").c_str());
   });
+  library.def("relu_dropout_forward(Tensor input, float p, Generator? generator=None) -> (Tensor output, Tensor bits)",
+              {at::Tag::nondeterministic_seeded});
 }
 
 void implement_on_device(torch::Library& library) {
@@ -87,6 +91,7 @@ void implement_on_device(torch::Library& library) {
     library.impl(forward_name(row).c_str(), &Kernels<row>::forward);
     library.impl(backward_name(row).c_str(), &Kernels<row>::backward);
   });
+  library.impl("relu_dropout_forward", &dropout_on_device);
 }
 
 TORCH_LIBRARY_IMPL(relu_ext, CPU, library) { implement_on_device(library); }
@@ -99,6 +104,7 @@ TORCH_LIBRARY_IMPL(relu_ext, Meta, library) {
     library.impl(forward_name(row).c_str(), &meta_forward);
     library.impl(backward_name(row).c_str(), &meta_backward);
   });
+  library.impl("relu_dropout_forward", &meta_dropout);
 }
 
 TORCH_LIBRARY_IMPL(relu_ext, Autograd, library) {
@@ -106,6 +112,7 @@ TORCH_LIBRARY_IMPL(relu_ext, Autograd, library) {
     library.impl(forward_name(row).c_str(), &Kernels<row>::autograd_forward);
     library.impl(backward_name(row).c_str(), &Kernels<row>::autograd_backward);
   });
+  library.impl("relu_dropout_forward", &operator_dropout);
 }
 
 }  // namespace

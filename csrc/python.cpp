@@ -5,6 +5,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/Generator.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -70,15 +71,97 @@ std::optional<Bound> bind(const Operation& operation, PyObject* const* scalars) 
   return relu_ext::bind(operation, given.data());
 }
 
+// An argument that may be None: a tensor, undefined for None. False: neither.
+bool optional_tensor(PyObject* object, const at::Tensor*& tensor) {
+  static const at::Tensor none;
+  tensor = &none;
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  tensor = &THPVariable_Unpack(object);
+  return true;
+}
+
+// NAME(input, those beside it ..., dim where some are of channels).
+template <size_t row>
+PyObject* call_fused(PyObject* const* args) {
+  constexpr Beside beside = operations[row].beside;
+  const at::Tensor* tensors[4];
+  int next = 0;
+  if (!THPVariable_CheckExact(args[next]) || !optional_tensor(args[next++], tensors[0])) return nullptr;
+  const bool has[] = {beside.scale, beside.shift, beside.residual};
+  for (int i = 0; i < 3; ++i) {
+    PyObject* const given = has[i] ? args[next++] : Py_None;
+    if (!optional_tensor(given, tensors[i + 1])) return nullptr;
+    const bool may_be_none = !has[i] || (i == 2 && beside.scale);
+    if (given == Py_None && !may_be_none) return nullptr;
+  }
+  int64_t dim = 0;
+  if (beside.scale || beside.shift) {
+    const auto given = number(args[next]);
+    if (!given || !PyLong_CheckExact(args[next])) return nullptr;
+    dim = int64_t(*given) + (*given < 0 ? tensors[0]->dim() : 0);
+    if (dim < 0) return nullptr;
+  }
+  if (!function_modes_allow()) return nullptr;
+  const FusedInputs inputs{*tensors[0], *tensors[1], *tensors[2], *tensors[3], dim};
+  auto output = without_gil(inputs.input, [&] { return apply_fused({&operations[row], {}}, inputs); });
+  return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
+}
+
+// NAME(input, p, training, generator).
+template <size_t row>
+PyObject* call_dropout(PyObject* const* args) {
+  constexpr Bound bound{&operations[row], {}};
+  const auto p = number(args[1]);
+  if (!THPVariable_CheckExact(args[0]) || !PyBool_Check(args[2]) || !p || !(*p >= 0 && *p <= 1) ||
+      !(args[3] == Py_None || THPGenerator_Check(args[3])) || !function_modes_allow())
+    return nullptr;
+  std::optional<at::Generator> generator;
+  if (args[3] != Py_None) generator = THPGenerator_Unwrap(args[3]);
+  const at::Tensor& input = THPVariable_Unpack(args[0]);
+  constexpr Bound relu{operation_of(bound.operation->activation, Form::elementwise), {}};
+  auto output = without_gil(input, [&] {
+    return args[2] == Py_True && *p > 0 ? apply_dropout(bound, input, *p, generator) : apply(relu, input);
+  });
+  return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
+}
+
+// NAME(input, weight, bias).
+template <size_t row>
+PyObject* call_linear(PyObject* const* args) {
+  const at::Tensor* tensors[3];
+  for (int i = 0; i < 3; ++i)
+    if (!optional_tensor(args[i], tensors[i]) || (i < 2 && !tensors[i]->defined())) return nullptr;
+  if (!function_modes_allow()) return nullptr;
+  auto output = without_gil(
+      *tensors[0], [&] { return apply_linear({&operations[row], {}}, *tensors[0], *tensors[1], *tensors[2]); });
+  return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
+}
+
 std::optional<at::Tensor> apply(const Bound& bound, const at::Tensor& first, const at::Tensor& second) {
   return bound.operation->form == Form::gated ? apply_reglu(bound, first, second) : apply_prelu(bound, first, second);
 }
 
-// Both give nullptr where the operation's ATen line must run. args: the tensors and the scalars.
+// How many arguments are tensors or None, and how many are not.
+constexpr int tensors_of(const Operation& operation) {
+  switch (operation.form) {
+    case Form::elementwise:
+    case Form::dropout: return 1;
+    case Form::linear: return 3;
+    case Form::fused: return 1 + operation.beside.scale + operation.beside.shift + operation.beside.residual;
+    default: return 2;
+  }
+}
+constexpr int others_of(const Operation& operation) {
+  if (operation.form == Form::dropout) return 3;
+  return operation.arguments + operation.in_place + (operation.beside.scale || operation.beside.shift);
+}
+
+// All of these give nullptr where the operation's ATen line must run. args: as many as there are.
 template <size_t row>
 PyObject* call(PyObject* const* args) {
   constexpr const Operation& operation = operations[row];
-  constexpr int tensors = tensors_of(operation.form);
+  constexpr int tensors = tensors_of(operation);
   for (int i = 0; i < tensors; ++i)
     if (!THPVariable_CheckExact(args[i])) return nullptr;
   if (!function_modes_allow()) return nullptr;
@@ -102,15 +185,21 @@ PyObject* call_(PyObject* const* args) {
   return without_gil(input, [&] { return apply_(*bound, input); }) ? Py_NewRef(args[0]) : nullptr;
 }
 
-// NAME(tensors..., scalars..., inplace), without inplace where there is no such form. An inplace that is no bool (a
-// symbol of torch.fx, say) is left to the ATen line.
+// NAME(tensors..., scalars..., inplace), without inplace where there is no such form, or as above. An inplace that is
+// no bool (a symbol of torch.fx, say) is left to the ATen line.
 template <size_t row>
 PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr const Operation& operation = operations[row];
   PyObject* output = nullptr;
-  if (count == tensors_of(operation.form) + operation.arguments + operation.in_place) {
-    if (!operation.in_place || args[count - 1] == Py_False)
+  if (count == tensors_of(operation) + others_of(operation)) {
+    if constexpr (operation.form == Form::fused)
+      output = call_fused<row>(args);
+    else if constexpr (operation.form == Form::dropout)
+      output = call_dropout<row>(args);
+    else if constexpr (operation.form == Form::linear)
+      output = call_linear<row>(args);
+    else if (!operation.in_place || args[count - 1] == Py_False)
       output = call<row>(args);
     else if (args[count - 1] == Py_True)
       output = call_<row>(args);

@@ -258,3 +258,115 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
     kept, up only if gate needs a gradient. The gradients of halves of one tensor are halves of one tensor.
     """
     return torch.relu(gate) * up
+
+
+def _along(vector: Tensor, dims: int, dim: int) -> Tensor:
+    """A vector as it stands beside a tensor of ``dims`` dimensions whose dimension ``dim`` is its own."""
+    shape = [1] * dims
+    shape[dim] = -1
+    return vector.reshape(shape)
+
+
+@_kernel(_C.add_relu)
+def add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    """``relu(input + residual)``, the end of a residual block (arXiv:1512.03385).
+
+    Args:
+        input, residual: as torch adds them. The kernels take two of one shape, dtype and layout, dense as in
+            :func:`relu`; others are added by torch.
+
+    Returns:
+        The same numbers as ``torch.relu(input + residual)``.
+
+    Gradient: of both, one tensor: ``grad`` where ``not (input + residual <= 0)``, else 0. One bit an element is all
+    that is kept.
+    """
+    return torch.relu(input + residual)
+
+
+@_kernel(_C.bias_relu)
+def bias_relu(input: Tensor, bias: Tensor, dim: int = 1) -> Tensor:
+    """``relu(input + bias)``, with a value of ``bias`` for each index of dimension ``dim``.
+
+    Args:
+        input: as in :func:`relu`, in any dense layout: contiguous, channels_last, ``[M, N]``.
+        bias: ``[input.shape[dim]]``.
+
+    Returns:
+        The same numbers as ``torch.relu(input + bias)``.
+
+    Gradient: of the input, ``grad`` where ``not (input + bias <= 0)``, else 0; of the bias, the sums of that, made in
+    the same pass in float32 or better (float64 for float64), always in the same order. One bit an element is all that
+    is kept.
+
+    Raises:
+        What torch raises where ``bias`` does not fit; IndexError for a ``dim`` that there is not.
+    """
+    return torch.relu(input + _along(bias, input.dim(), dim))
+
+
+@_kernel(_C.scale_shift_relu)
+def scale_shift_relu(
+    input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, dim: int = 1
+) -> Tensor:
+    """``relu(input * scale + shift + residual)``: frozen or folded batch normalisation, a residual where there is one,
+    and ReLU.
+
+    Args:
+        input: as in :func:`bias_relu`.
+        scale, shift: ``[input.shape[dim]]`` each.
+        residual: as in :func:`add_relu`.
+
+    16-bit types are computed in float32 and rounded once.
+
+    Gradient: with ``masked`` being ``grad`` where ``not (input * scale + shift + residual <= 0)``, else 0: of the
+    input, ``masked * scale``; of the residual, ``masked``; of scale and shift, the sums of ``masked * input`` and of
+    ``masked``, made as in :func:`bias_relu`. One bit an element is kept, and the input only if scale needs a gradient.
+    """
+    result = input * _along(scale, input.dim(), dim) + _along(shift, input.dim(), dim)
+    return torch.relu(result if residual is None else result + residual)
+
+
+@_kernel(_C.relu_dropout)
+def relu_dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """``dropout(relu(input), p)`` (arXiv:1207.0580), in one pass.
+
+    Args:
+        input: as in :func:`relu`.
+        p: the probability of an element to be dropped, in steps of 2^-16.
+        training: False: ``relu(input)``.
+        generator: to draw from, instead of the device's own, which ``torch.manual_seed`` sets.
+
+    Returns:
+        ``relu(input) / (1 - p)`` where an element stays, and 0 where it is dropped, also if it is NaN or infinite.
+        Which stay hangs on nothing but the generator's state, the place in memory and p: not on the instruction set or
+        the number of threads. It is another choice than ``torch.nn.functional.dropout``'s for the same seed. With p = 0
+        or without training nothing is drawn.
+
+    Gradient: ``grad / (1 - p)`` where an element stays and was ``not (input <= 0)``, else 0. One bit an element is all
+    that is kept.
+
+    Raises:
+        ValueError for a p that is no probability; RuntimeError for a generator where the kernels do not take the input:
+        torch's dropout has none.
+    """
+    if generator is not None:
+        raise RuntimeError("relu_dropout draws from a generator for dense tensors in eager mode only")
+    return F.dropout(torch.relu(input), p, training)
+
+
+@_kernel(_C.linear_relu)
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``relu(input @ weight.T + bias)``: a linear layer, whose product is torch's, and ReLU in the same memory.
+
+    Args:
+        input: ``[..., in]``.
+        weight: ``[out, in]``.
+        bias: ``[out]``, or None.
+
+    Gradient: that of the product for ``grad`` where ``not (output <= 0)``, else 0; the sums for the bias are made in
+    the pass that masks, as in :func:`bias_relu`. The output is kept, the input and the weight.
+    """
+    return torch.relu(F.linear(input, weight, bias))

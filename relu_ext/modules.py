@@ -1,13 +1,29 @@
 """The operations as modules: torch's own classes with another ``forward``.
 
 Each is an instance of the torch class of its name, where torch has it, and takes its arguments; attributes, repr and
-state_dict are the same.
+state_dict are the same. Those at the end are a ReLU and its neighbours in one.
 """
 
 import torch
 from torch import Tensor
 
-from .functional import celu, elu, hardtanh, leaky_relu, prelu, reglu, relu, relu_squared, selu, threshold
+from .functional import (
+    add_relu,
+    bias_relu,
+    celu,
+    elu,
+    hardtanh,
+    leaky_relu,
+    linear_relu,
+    prelu,
+    reglu,
+    relu,
+    relu_dropout,
+    relu_squared,
+    scale_shift_relu,
+    selu,
+    threshold,
+)
 
 
 class ReLU(torch.nn.ReLU):
@@ -96,3 +112,76 @@ class ReGLU(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+class AddReLU(torch.nn.Module):
+    """``relu(input + residual)`` as a layer; see :func:`relu_ext.add_relu`."""
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        return add_relu(input, residual)
+
+
+class BiasReLU(torch.nn.Module):
+    """``relu(input + bias)`` with a learned bias for each of ``num_features`` indices of dimension ``dim``, at first 0;
+    see :func:`relu_ext.bias_relu`."""
+
+    def __init__(self, num_features: int, dim: int = 1, device=None, dtype=None) -> None:
+        super().__init__()
+        self.num_features, self.dim = num_features, dim
+        self.bias = torch.nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return bias_relu(input, self.bias, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, dim={self.dim}"
+
+
+class FrozenBatchNormReLU2d(torch.nn.Module):
+    """Batch normalisation with fixed statistics and parameters, and ReLU; ``forward`` takes a residual, too.
+
+    Loads the state_dict of a :class:`torch.nn.BatchNorm2d`: ``weight``, ``bias``, ``running_mean`` and ``running_var``
+    are buffers here, ``num_batches_tracked`` is left out. See :func:`relu_ext.scale_shift_relu`; scale and shift are
+    made of the buffers in each call, in the buffers' dtype, and used in the input's.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return scale_shift_relu(input, scale.to(input.dtype), shift.to(input.dtype), residual)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+class ReLUDropout(torch.nn.Module):
+    """``dropout(relu(input), p)`` while training, ``relu(input)`` in eval mode; see :func:`relu_ext.relu_dropout`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu_dropout(input, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class LinearReLU(torch.nn.Linear):
+    """A :class:`torch.nn.Linear` with a ReLU behind it, and its state_dict; see :func:`relu_ext.linear_relu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_relu(input, self.weight, self.bias)

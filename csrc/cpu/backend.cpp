@@ -1,11 +1,14 @@
 // The CPU for the torch-facing code: its memory, and the kernels on all threads of torch's pool.
 #include "../backend.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <functional>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #ifndef _OPENMP
@@ -41,24 +44,51 @@ void parallel(const Work& work, int64_t numel) {
                    [&](int64_t begin, int64_t end) { run(work, begin * alignment, std::min(end * alignment, numel)); });
 }
 
-// The slopes' gradients are summed in parts that depend on the shape alone, of which there are no more than this.
+// Sums over channels are made in parts that depend on the shape alone, of which there are no more than this.
 constexpr int64_t most_parts = 64;
 
-void prelu_backward(const PreluBackward& work, int64_t numel) {
-  const int64_t channels = work.channels.channels;
+// run(sums, begin, end) for each part, with `count` sums of its own; the parts' sums are joined in a fixed tree.
+template <class Run>
+std::vector<double> summed(int64_t numel, int64_t channels, int64_t count, Run run) {
   const int64_t smallest = std::max({grain, 8 * channels, numel / most_parts});
   const int64_t part = (smallest / alignment + 1) * alignment;
   const int64_t parts = std::max<int64_t>((numel + part - 1) / part, 1);
-  std::vector<double> sums(work.grad_weight ? size_t(parts * channels) : 0);
-  const auto of = [&](int64_t i) { return work.grad_weight ? sums.data() + i * channels : nullptr; };
+  std::vector<double> sums(size_t(parts * count));
+  const auto of = [&](int64_t i) { return sums.data() + i * count; };
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) cpu::prelu_backward(work, of(i), i * part, std::min((i + 1) * part, numel));
+    for (int64_t i = begin; i < end; ++i) run(of(i), i * part, std::min((i + 1) * part, numel));
   });
-  if (!work.grad_weight) return;
   for (int64_t step = 1; step < parts; step *= 2)
     for (int64_t i = 0; i + step < parts; i += 2 * step)
-      std::transform(of(i), of(i) + channels, of(i + step), of(i), std::plus<>());
-  round_sums(work, of(0));
+      std::transform(of(i), of(i) + count, of(i + step), of(i), std::plus<>());
+  return sums;
+}
+
+void prelu_backward(const PreluBackward& work, int64_t numel) {
+  const int64_t channels = work.channels.channels, count = work.grad_weight ? channels : 0;
+  const auto sums = summed(numel, channels, count, [&](double* sums, int64_t begin, int64_t end) {
+    cpu::prelu_backward(work, count ? sums : nullptr, begin, end);
+  });
+  if (count) round_sums(work.dtype, sums.data(), channels, work.grad_weight);
+}
+
+void fused_backward(const FusedBackward& work, int64_t numel) {
+  const int64_t channels = work.channels.channels;
+  const auto wanted = {work.grad_scale, work.grad_shift};
+  const int64_t count = channels * std::count_if(wanted.begin(), wanted.end(), [](void* sum) { return sum; });
+  const auto sums = summed(numel, channels, count, [&](double* sums, int64_t begin, int64_t end) {
+    cpu::fused_backward(work, sums, begin, end);
+  });
+  const double* next = sums.data();
+  for (void* gradient : wanted)
+    if (gradient) round_sums(work.dtype, std::exchange(next, next + channels), channels, gradient);
+}
+
+// A call's own seed; torch.manual_seed makes them the same again.
+Stream next_stream(const std::optional<at::Generator>& generator) {
+  auto* const own = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(own->mutex_);
+  return {own->random64(), 0, nullptr, nullptr};
 }
 
 }  // namespace
@@ -70,6 +100,9 @@ const Backend backend{empty,
                       parallel<Gated, gated>,
                       parallel<GatedBackward, gated_backward>,
                       parallel<Prelu, prelu>,
-                      prelu_backward};
+                      prelu_backward,
+                      parallel<Fused, fused>,
+                      fused_backward,
+                      next_stream};
 
 }  // namespace relu_ext::cpu

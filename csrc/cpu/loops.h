@@ -40,11 +40,16 @@ RELU_EXT_INLINE void for_blocks(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, int(end - i));
 }
 
-// body(i, count): as for_blocks for the elements 0 to count - 1 of a block; unrolled, for there are at most 64.
+// body(i, count): as for_blocks for the elements 0 to count - 1 of a block; where count is a constant, unrolled.
 template <int lanes, class Body>
 RELU_EXT_INLINE void for_vectors(int count, Body body) {
+  if (__builtin_constant_p(count)) {
 #pragma GCC unroll 32
-  for (int i = 0; i < count; i += lanes) body(i, count - i < lanes ? count - i : lanes);
+    for (int i = 0; i < count; i += lanes) body(i, lanes);
+  } else {
+#pragma GCC unroll 1
+    for (int i = 0; i < count; i += lanes) body(i, std::min(count - i, lanes));
+  }
 }
 
 // The bits of `lanes` elements from their masks, each all ones or zeros. Nothing here is always_inline, see Conversion.

@@ -1,0 +1,101 @@
+// What surrounds an activation in a network: drop(act(input * scale + shift + residual)). No torch.
+#pragma once
+#include "activations.h"
+#include "kernels.h"
+
+namespace relu_ext {
+
+// Which parts there are. Each combination is compiled for itself.
+template <bool scale_, bool shift_, bool residual_, bool dropout_>
+struct Parts {
+  static constexpr bool scale = scale_, shift = shift_, residual = residual_, dropout = dropout_;
+};
+
+// body(act): the activations that are fused with their neighbours. Each keeps bits.
+template <class T, Device device, class Body>
+auto with_fused_activation(Activation activation, const Scalars& scalars, Body body) {
+  switch (activation) {
+    case Activation::relu: return body(Relu<T, device>(scalars));
+    default: __builtin_unreachable();
+  }
+}
+
+// body(Parts{}) with those of this work.
+template <class Body>
+auto with_parts(const Fused& work, Body body) {
+  if (work.dropout.factor) return body(Parts<false, false, false, true>{});
+  if (work.scale && work.residual) return body(Parts<true, true, true, false>{});
+  if (work.scale) return body(Parts<true, true, false, false>{});
+  if (work.shift) return body(Parts<false, true, false, false>{});
+  return body(Parts<false, false, true, false>{});
+}
+
+// What the activation is given, in the type that T is computed in; rounded to T, unless the activation asks for nothing
+// but the sign: a sum of two is then ATen's. Parts that are not there are not looked at.
+template <class T, class Parts, class Activation>
+RELU_EXT_INLINE Arithmetic<T> before_activation(Arithmetic<T> input, Arithmetic<T> scale, Arithmetic<T> shift,
+                                                Arithmetic<T> residual) {
+  Arithmetic<T> sum = input;
+  if constexpr (Parts::scale) sum = sum * scale;
+  if constexpr (Parts::shift) sum = sum + shift;
+  if constexpr (Parts::residual) sum = sum + residual;
+  if constexpr (Activation::by_sign) return sum;
+  return rounded<T>(sum);
+}
+
+// Four words of random bits: those of eight elements, or of as many times eight as a word of type W has lanes.
+template <class W>
+struct Words {
+  W word[4];
+};
+using Block = Words<uint32_t>;
+
+namespace philox {
+constexpr uint32_t multiplier_0 = 0xd2511f53, multiplier_1 = 0xcd9e8d57;
+constexpr uint32_t weyl_0 = 0x9e3779b9, weyl_1 = 0xbb67ae85;
+constexpr int rounds = 10;
+
+// Both halves of the product.
+RELU_EXT_INLINE void multiply(uint32_t a, uint32_t multiplier, uint32_t& high, uint32_t& low) {
+  const uint64_t product = uint64_t(a) * multiplier;
+  high = uint32_t(product >> 32);
+  low = uint32_t(product);
+}
+// a ^ b ^ key
+RELU_EXT_INLINE uint32_t mix(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
+}  // namespace philox
+
+// counter: low half first, of the group and of the offset.
+template <class W>
+RELU_EXT_INLINE void random_block(uint64_t seed, const W (&counter)[4], Words<W>& block) {
+  using philox::mix;  // or those of W's own namespace
+  using philox::multiply;
+  W a = counter[0], b = counter[1], c = counter[2], d = counter[3];
+  uint32_t key_0 = uint32_t(seed), key_1 = uint32_t(seed >> 32);
+  for (int round = 0; round < philox::rounds; ++round) {
+    W high_a, low_a, high_c, low_c;
+    multiply(a, philox::multiplier_0, high_a, low_a);
+    multiply(c, philox::multiplier_1, high_c, low_c);
+    a = mix(high_c, b, key_0);
+    c = mix(high_a, d, key_1);
+    b = low_c;
+    d = low_a;
+    key_0 += philox::weyl_0;
+    key_1 += philox::weyl_1;
+  }
+  block = {{a, b, c, d}};
+}
+// group: of eight elements.
+RELU_EXT_INLINE Block random_block(uint64_t seed, uint64_t offset, uint64_t group) {
+  const uint32_t counter[] = {uint32_t(group), uint32_t(group >> 32), uint32_t(offset), uint32_t(offset >> 32)};
+  Block block;
+  random_block(seed, counter, block);
+  return block;
+}
+
+// The 16 bits of element i.
+RELU_EXT_INLINE uint16_t random_of(const Block& block, int64_t i) {
+  return uint16_t(block.word[i % 8 / 2] >> 16 * (i % 2));
+}
+
+}  // namespace relu_ext

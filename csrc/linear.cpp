@@ -1,0 +1,116 @@
+// linear_relu: torch's own product with a ReLU behind it; one pass back for the masked gradient and the bias's.
+#include <ATen/ops/_addmm_activation.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/threshold_backward.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include "autograd.h"
+#include "backend.h"
+#include "calls.h"
+#include "gate.h"
+#include "launch.h"
+#include "node.h"
+
+namespace relu_ext {
+namespace {
+
+using at::Tensor;
+
+// Rows of the last dimension.
+Tensor rows_of(const Tensor& tensor) { return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)}); }
+
+bool fit(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  if (weight.dim() != 2 || input.dim() < 1 || input.size(-1) != weight.size(1) || input.numel() == 0) return false;
+  if (bias.defined() && (bias.dim() != 1 || bias.size(0) != weight.size(0) || !bias.is_contiguous())) return false;
+  return weight.numel() > 0 && (input.dim() == 2 || input.is_contiguous());
+}
+
+Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  c10::SmallVector<int64_t, 5> sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  if (bias.defined()) return at::_addmm_activation(bias, rows_of(input), weight.t()).view(sizes);
+  const Tensor output = at::linear(input, weight);
+  launch::forward_({operation_of(Activation::relu, Form::elementwise), {}}, output);
+  return output;
+}
+
+// The gradients by way of the masked one, which is where the output is not 0.
+struct Masked {
+  Tensor grad, bias;
+};
+
+Masked masked(const Keeping& keeping, const Tensor& grad, const Tensor& output, bool with_bias) {
+  const launch::OnDevice device(grad);
+  const Backend& backend = backend_of(grad);
+  const Tensor laid_out = launch::in_layout(grad, output.strides());
+  const int64_t columns = output.size(-1);
+  Masked result{backend.empty_strided(grad.sizes(), output.strides(), grad.scalar_type()), {}};
+  if (with_bias) result.bias = backend.empty({columns}, grad.scalar_type(), at::MemoryFormat::Contiguous);
+  FusedBackward work{};
+  work.activation = keeping.bound.operation->activation;
+  work.dtype = *dtype_of(grad);
+  work.channels = columns == 1 ? Channels{1, grad.numel()} : Channels{columns, 1};
+  work.kept_as = Kept::output;
+  work.grad = laid_out.const_data_ptr();
+  work.kept = output.const_data_ptr();
+  work.grad_input = result.grad.mutable_data_ptr();
+  work.grad_shift = with_bias ? result.bias.mutable_data_ptr() : nullptr;
+  backend.fused_backward(work, grad.numel());
+  return result;
+}
+
+// saved: output, weight, input.
+variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
+  const Tensor &output = saved[0], &weight = saved[1], &input = saved[2];
+  const auto keys = effective_keys(grad);
+  bool plain = road(grad, keys) == Road::kernel && !records_history(grad, keys) && output.is_contiguous() &&
+               grad.scalar_type() == output.scalar_type();
+  for (const Tensor& tensor : saved) plain = plain && effective_keys(tensor) - keys::ours == keys - keys::ours;
+  const auto run = [&] {
+    const auto [inner, bias] =
+        plain ? masked(keeping, grad, output, needs[2]) : Masked{at::threshold_backward(grad, output, 0), {}};
+    variable_list gradients(3);
+    if (needs[0]) gradients[0] = inner.matmul(weight);
+    if (needs[1]) gradients[1] = rows_of(inner).t().mm(rows_of(input));
+    if (needs[2]) gradients[2] = bias.defined() ? bias : rows_of(inner).sum(0);
+    return gradients;
+  };
+  return plain ? recorded(keeping.bound, &Registered::recorded_backward, {&grad, &output}, false, run) : run();
+}
+
+}  // namespace
+
+std::optional<Tensor> apply_linear(const Bound& bound, const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  Road taken = road(*bound.operation, input, weight);
+  if (bias.defined()) {
+    const Road with_bias = road(*bound.operation, input, bias);
+    taken = taken == Road::definition || with_bias == Road::definition ? Road::definition
+            : taken == Road::kernel                                    ? with_bias
+                                                                       : taken;
+  }
+  if (taken == Road::definition || !fit(input, weight, bias)) return std::nullopt;
+  bool history = false;
+  for (const Tensor* tensor : {&input, &weight, &bias})
+    history = history || (tensor->defined() && records_history(*tensor, effective_keys(*tensor)));
+  if (taken == Road::operators && !history) return std::nullopt;
+  const auto run = [&] {
+    Tensor output = below_autograd([&] {
+      return taken == Road::kernel ? forward(input, weight, bias) : at::relu(at::linear(input, weight, bias));
+    });
+    if (!history) return output;
+    c10::SmallVector<torch::autograd::Edge, most_inputs> edges;
+    for (const Tensor* tensor : {&input, &weight, &bias})
+      if (tensor->defined()) edges.push_back(torch::autograd::impl::gradient_edge(*tensor));
+    const auto [node, raw] = make_node(gradients, {bound, Kept::output, {}}, edges);
+    torch::autograd::set_history(output, node);
+    raw->save(output, /*is_output=*/true);
+    raw->save(weight);
+    raw->save(input);
+    return output;
+  };
+  return taken == Road::kernel ? recorded(bound, &Registered::recorded, {&input, &weight}, history, run) : run();
+}
+
+}  // namespace relu_ext
