@@ -21,8 +21,9 @@ def positive(*shape, dtype=torch.float32, device="cpu"):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).add(0.5).to(device, dtype)
 
 
-def dropped(input, p=0.5, seed=0, **options):
-    return relu_ext.relu_dropout(input, p, generator=torch.Generator(input.device).manual_seed(seed), **options)
+def dropped(input, p=0.5, seed=0):
+    torch.manual_seed(seed)
+    return relu_ext.relu_dropout(input, p)
 
 
 def deviations(kept, p):
@@ -142,9 +143,9 @@ def test_fraction_kept(device, p):
 
 def test_independence_of_positions_and_calls(device):
     """Two that are any distance apart, or in two calls, agree as often as independent ones."""
-    generator = torch.Generator(device).manual_seed(3)
+    torch.manual_seed(3)
     input = positive(1 << 21, device=device)
-    first, second = (relu_ext.relu_dropout(input, 0.5, generator=generator) != 0 for _ in range(2))
+    first, second = (relu_ext.relu_dropout(input, 0.5) != 0 for _ in range(2))
     assert deviations(first == second, 0.5) < 5
     for distance in (1, 2, 7, 8, 9, 16, 64, 256, 4096, 65536):
         assert deviations(first[distance:] == first[:-distance], 0.5) < 5
@@ -172,9 +173,14 @@ def test_manual_seed_reproduces(device):
 
 
 def test_generator_is_the_only_one_drawn_from(device):
-    input = positive(1000, device=device)
+    def drawn(seed):
+        generator = torch.Generator(device).manual_seed(seed)
+        return [relu_ext.relu_dropout(positive(1000, device=device), generator=generator) for _ in range(2)]
+
     state = torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
-    assert torch.equal(dropped(input), dropped(input)) and not torch.equal(dropped(input), dropped(input, seed=1))
+    first, second = drawn(1)
+    assert not torch.equal(first, second) and not torch.equal(first, drawn(2)[0])
+    assert all(torch.equal(*pair) for pair in zip(drawn(1), (first, second), strict=True))
     assert torch.equal(state, torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state())
 
 
@@ -193,7 +199,7 @@ def test_generator_moves_on_alike(device, p):
 
 
 @pytest.mark.parametrize("p, training", [(0.0, True), (0, True), (0.5, False), (1.0, False)])
-def test_nothing_is_drawn(device, p, training):
+def test_nothing_is_drawn_from_the_generator(device, p, training):
     generator = torch.Generator(device).manual_seed(1)
     state = generator.get_state()
     input = mixed_values(1000, torch.float32, device).requires_grad_()
@@ -324,10 +330,11 @@ def test_operator(device):
     """torch.ops.relu_ext.relu_dropout_forward: output and bits, of whatever strides; differentiable."""
     operator = torch.ops.relu_ext.relu_dropout_forward
     input = positive(33, 7, device=device)
-    output, bits = operator(input, 0.5, torch.Generator(device).manual_seed(0))
-    assert torch.equal(output, dropped(input)) and torch.equal(bits, packed(output != 0))
-    every_other = positive(33, 14, device=device)[:, ::2]
-    output, bits = operator(every_other, 0.5, torch.Generator(device).manual_seed(0))
+    expected = dropped(input)
+    torch.manual_seed(0)
+    output, bits = operator(input, 0.5)
+    assert torch.equal(output, expected) and torch.equal(bits, packed(output != 0))
+    output, bits = operator(positive(33, 14, device=device)[:, ::2], 0.5)
     assert torch.equal(bits, packed(output != 0)) and output.is_contiguous()
     leaf = input.clone().requires_grad_()
     output, _ = operator(leaf, 0.5)

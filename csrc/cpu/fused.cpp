@@ -53,14 +53,16 @@ RELU_EXT_INLINE void forward_loop(Activation act, Values values, X factor, const
         if constexpr (Parts::shift) shift = value<Parts::scale>(values, first + k);
         if constexpr (Parts::residual) residual = input[1][k];
         const X before = before_activation<T, Parts, Activation>(input[0][k], scale, shift, residual);
-        bool keep = act.keep(before);
-        X after = act.forward(before, keep);
+        const bool keep = act.keep(before);
+        W own_mask = keep ? W(-1) : W(0);
         if constexpr (Parts::dropout) {
-          keep = keep & ((own & single<W>.bit[j]) != 0);
-          after = select(keep, after * factor, X{});
+          // What is not kept is 0, like what is dropped: one mask does for both.
+          own_mask &= (own & single<W>.bit[j]) != 0 ? W(-1) : W(0);
+          output[k] = bit_cast<X>(bit_cast<W>(act.forward(before, true) * factor) & own_mask);
+        } else {
+          output[k] = act.forward(before, keep);
         }
-        output[k] = after;
-        mask[j] = keep ? W(-1) : W(0);
+        mask[j] = own_mask;
       }
       kept |= uint64_t(Masks<isa>::bits(mask)) << part;
     });
