@@ -43,12 +43,92 @@ def one_weight(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
     return [random(*dims), random(1)]
 
 
-def channel_weights(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
-    """As many elements as in `dims`, in planes: up to 16 images of up to 64 channels."""
-    elements = math.prod(dims)
+def beside(vectors: int, residuals: int = 0) -> Callable[[Random, tuple[int, ...]], list[Tensor]]:
+    """An input, so many vectors of a value for each of its channels, and so many tensors like it."""
+
+    def operands(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
+        more = [dims[1:2]] * vectors + [dims] * residuals
+        return [random(*size) for size in (dims, *more)]
+
+    return operands
+
+
+def feed_forward(random: Random, dims: tuple[int, ...]) -> list[Tensor]:
+    """Input, weight and bias of a linear layer four times as wide behind as before, as transformers have it."""
+    width = dims[-1]
+    return [random(math.prod(dims[:-1]), width // 4), random(width, width // 4), random(width)]
+
+
+SMALL = 2**20  # elements; in the last-level cache of most machines
+ROW = 2**10
+
+
+def rows(elements: int) -> tuple[int, ...]:
+    return (elements // ROW, ROW) if elements >= SMALL and elements % ROW == 0 else (elements,)
+
+
+def planes(elements: int) -> tuple[int, ...]:
+    """Up to 16 images of up to 64 channels."""
     channels = math.gcd(elements, 64)
     images = math.gcd(elements // channels, 16)
-    return [random(images, channels, elements // channels // images), random(channels)]
+    return images, channels, elements // channels // images
+
+
+def size_name(elements: int) -> str:
+    for factor, unit in ((2**20, "M"), (2**10, "K")):
+        if elements >= factor and elements % factor == 0:
+            return f"{elements // factor}{unit}"
+    return str(elements)
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    dims: tuple[int, ...]  # of the output
+    # Inductor specialises on the shape, which costs 3 s of g++ per shape and dtype for forward and training.
+    compiled: bool = False
+    steps: tuple[str, ...] = STEPS
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+
+NETWORK_SHAPES = (
+    # OPT-125M: 8 sequences of 512 tokens, feed-forward width 3072, ReLU (arXiv:2205.01068, table 1).
+    Shape("OPT-125M ffn", (8, 512, 3072), compiled=True),
+    # ResNet-50: what leaves stage conv3_x (arXiv:1512.03385, table 1), batch 32. conv2_x, twice as large, is past
+    # the cache like the largest of the sizes and would cost the default run half a minute.
+    Shape("ResNet-50 stage", (32, 512, 28, 28), compiled=True),
+)
+
+
+def networks(shapes: dict[str, tuple[int, ...]]) -> tuple[Shape, ...]:
+    """What a model pays for, inference and training; the backward alone is measured at the sizes."""
+    return tuple(Shape(name, dims, steps=(FORWARD, TRAINING)) for name, dims in shapes.items())
+
+
+# The ends of residual blocks, stage by stage (arXiv:1512.03385, table 1), batch 32.
+RESIDUAL_SHAPES = networks(
+    {
+        "ResNet-50 conv2_x": (32, 256, 56, 56),
+        "ResNet-50 conv3_x": (32, 512, 28, 28),
+        "ResNet-50 conv4_x": (32, 1024, 14, 14),
+        "ResNet-50 conv5_x": (32, 2048, 7, 7),
+    }
+)
+# Detectors freeze the batch normalisation of their backbones (arXiv:1512.03385, appendix A). Two images of 800 x 1088
+# in ResNet-50: after its first convolution, and within the blocks of two stages.
+FROZEN_SHAPES = networks(
+    {
+        "Mask R-CNN conv1": (2, 64, 400, 544),
+        "Mask R-CNN conv2_x": (2, 64, 200, 272),
+        "Mask R-CNN conv4_x": (2, 256, 50, 68),
+    }
+)
+TOKEN_SHAPES = networks({"OPT-125M ffn": (8, 512, 3072)})
+TOKEN_ROWS = networks({"OPT-125M ffn": (8 * 512, 3072)})
+LINEAR_ROWS = networks({"OPT-125M 512 rows": (512, 3072), "OPT-125M 4096 rows": (4096, 3072)})
 
 
 @dataclass(frozen=True)
@@ -56,7 +136,8 @@ class Operation:
     """A row of every table. `function.torch` is the definition that `function.ours` must equal, but for so many `ulps`.
 
     A pass is one tensor of the input's size, read or written. Where the result of a layer is kept for backward, that
-    is no pass of its own; packed bits are, `bits` of them an element, written in forward and read in backward.
+    is no pass of its own; packed bits are, `bits` of them an element, written in forward and read in backward. Without
+    passes it is arithmetic that takes the time, and there is no copy to compare with.
     """
 
     name: str
@@ -64,16 +145,27 @@ class Operation:
     function: Pair
     inplace: Pair | None = None
     module: Pair | None = None
-    operands: Callable[[Random, tuple[int, ...]], list[Tensor]] = one_input  # the first has the output's shape
+    operands: Callable[[Random, tuple[int, ...]], list[Tensor]] = one_input  # for an output of these dims
+    constants: tuple[int, ...] = ()  # places of the operands that need no gradient
+    dims: Callable[[int], tuple[int, ...]] = rows  # of so many elements
+    networks: tuple[Shape, ...] = ()  # measured beside the sizes
+    # What the output must equal, of it and the operands, where that is not what function.torch makes of the operands.
+    expected: Callable[..., Tensor] | None = None
     curve: dict[str, Callable[[Tensor], Tensor]] | None = None  # what is drawn; None: the function
     every_shape: bool = False  # else few shapes, and of the host time a call alone: the default run stays short
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    forward_passes: int = 2
-    backward_passes: int = 2
+    forward_passes: int | None = 2
+    backward_passes: int | None = 2
     bits: int = 0
     ulps: int = 0
+    cancelled: float = 0.0  # the absolute error of a sum of terms larger than itself, in float32
 
-    def passes(self, step: str, itemsize: int) -> float:
+    def definition(self, output: Tensor) -> Callable[..., Tensor]:
+        return partial(self.expected, output) if self.expected else self.function.torch
+
+    def passes(self, step: str, itemsize: int) -> float | None:
+        if self.forward_passes is None or self.backward_passes is None:
+            return None
         bits = self.bits / (8 * itemsize)
         return {
             FORWARD: self.forward_passes,
@@ -101,13 +193,14 @@ RELU_SQUARED = Operation(
     ulps=1,
 )
 
-OPERATIONS = (
+FAMILY = (
     Operation(
         name="relu",
         torch_name="torch.relu",
         function=Pair(relu_ext.relu, torch.relu),
         inplace=Pair(relu_ext.relu_, torch.relu_),
         module=Pair(relu_ext.ReLU, nn.ReLU),
+        networks=NETWORK_SHAPES,
         every_shape=True,
         dtypes=tuple(DTYPES),
         bits=1,
@@ -180,7 +273,7 @@ OPERATIONS = (
         curve={},
     ),
     PRELU,
-    replace(PRELU, name="prelu_channels", operands=channel_weights, curve={}),
+    replace(PRELU, name="prelu_channels", operands=beside(vectors=1), dims=planes, curve={}),
     Operation(
         name="reglu",
         torch_name="relu(gate) * up",
@@ -193,43 +286,110 @@ OPERATIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    dims: tuple[int, ...]
-    # Inductor specialises on the shape, which costs 3 s of g++ per shape and dtype for forward and training.
-    compiled: bool = False
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.dims)
+CHANNELS = {2: (1, -1), 3: (1, -1, 1), 4: (1, -1, 1, 1)}  # a vector's view beside a tensor of so many dimensions
+# A CPU without instructions for bfloat16 takes ten times as long for the product: minutes a cell.
+HAS_BFLOAT16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+MATRIX_DTYPES = ("float32", "bfloat16") if HAS_BFLOAT16 else ("float32",)
+DROPPED = 0.1  # as OPT was trained (arXiv:2205.01068, section 2.2)
 
 
-NETWORK_SHAPES = (
-    # OPT-125M: 8 sequences of 512 tokens, feed-forward width 3072, ReLU (arXiv:2205.01068, table 1).
-    Shape("OPT-125M ffn", (8, 512, 3072), compiled=True),
-    # ResNet-50: what leaves stage conv3_x (arXiv:1512.03385, table 1), batch 32. conv2_x, twice as large, is past
-    # the cache like the largest of the sizes and would cost the default run half a minute.
-    Shape("ResNet-50 stage", (32, 512, 28, 28), compiled=True),
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * scale.view(CHANNELS[x.dim()]) + shift.view(CHANNELS[x.dim()])
+
+
+def rounded_once(output: Tensor, *operands: Tensor) -> Tensor:
+    """relu(x * scale + shift + residual) in float32, where torch would round to 16 bits after each step. A sum so near
+    0 that rounding decides on its sign has a gradient where `output` is above 0."""
+    x, scale, shift, *residual = (operand.float() for operand in operands)
+    total = sum(residual, scale_shift(x, scale, shift))
+    return torch.where(output > 0, total, torch.relu(total.detach())).to(output.dtype)
+
+
+def dropped_alike(output: Tensor, x: Tensor) -> Tensor:
+    """relu(x) / (1 - p) where `output` is not 0: that must be 1 - p of all, within six standard deviations."""
+    stays, positive = output != 0, int((x > 0).sum())
+    share, deviation = int(stays.sum()) / positive, math.sqrt(DROPPED * (1 - DROPPED) / positive)
+    assert abs(share - (1 - DROPPED)) <= 6 * deviation, f"{share:.4f} of the elements stay, not {1 - DROPPED}"
+    return torch.relu(x) * stays / (1 - DROPPED)
+
+
+SCALE_SHIFT_RELU = Operation(
+    name="scale_shift_relu",
+    torch_name="relu(x * scale + shift)",
+    function=Pair(relu_ext.scale_shift_relu, lambda x, scale, shift: torch.relu(scale_shift(x, scale, shift))),
+    operands=beside(vectors=2),
+    constants=(1, 2),  # a frozen batch norm's
+    dims=planes,
+    networks=FROZEN_SHAPES,
+    expected=rounded_once,
+    curve={},
+    bits=1,
+    ulps=1,
+    cancelled=4e-6,  # products up to 30, each step of a side rounded or not
 )
 
+FUSED = (
+    Operation(
+        name="add_relu",
+        torch_name="relu(x + residual)",
+        function=Pair(relu_ext.add_relu, lambda x, residual: torch.relu(x + residual)),
+        operands=beside(vectors=0, residuals=1),
+        dims=planes,
+        networks=RESIDUAL_SHAPES,
+        curve={},
+        forward_passes=3,
+        bits=1,
+    ),
+    Operation(
+        name="bias_relu",
+        torch_name="relu(x + bias)",
+        function=Pair(relu_ext.bias_relu, lambda x, bias: torch.relu(x + bias.view(CHANNELS[x.dim()]))),
+        operands=beside(vectors=1),
+        dims=planes,
+        networks=TOKEN_ROWS,
+        curve={},
+        bits=1,
+        ulps=4,
+    ),
+    SCALE_SHIFT_RELU,
+    replace(
+        SCALE_SHIFT_RELU,
+        name="scale_shift_add_relu",
+        torch_name="relu(x * scale + shift + residual)",
+        function=Pair(relu_ext.scale_shift_relu, lambda x, a, b, residual: torch.relu(scale_shift(x, a, b) + residual)),
+        operands=beside(vectors=2, residuals=1),
+        networks=RESIDUAL_SHAPES,
+        forward_passes=3,
+        backward_passes=3,
+    ),
+    Operation(
+        name="relu_dropout",
+        torch_name="F.dropout(relu(x))",
+        function=Pair(partial(relu_ext.relu_dropout, p=DROPPED), lambda x: F.dropout(torch.relu(x), DROPPED)),
+        networks=TOKEN_SHAPES,
+        expected=dropped_alike,
+        curve={},
+        bits=1,
+        ulps=1,
+    ),
+    Operation(
+        name="linear_relu",
+        torch_name="relu(F.linear(x, weight, bias))",
+        function=Pair(relu_ext.linear_relu, lambda x, weight, bias: torch.relu(F.linear(x, weight, bias))),
+        operands=feed_forward,
+        networks=LINEAR_ROWS,
+        curve={},
+        dtypes=MATRIX_DTYPES,
+        forward_passes=None,
+        backward_passes=None,
+        ulps=4,
+    ),
+)
+OPERATIONS = FAMILY + FUSED
 
-SMALL = 2**20  # elements; in the last-level cache of most machines
 
-
-def size_name(elements: int) -> str:
-    for factor, unit in ((2**20, "M"), (2**10, "K")):
-        if elements >= factor and elements % factor == 0:
-            return f"{elements // factor}{unit}"
-    return str(elements)
-
-
-ROW = 2**10
-
-
-def sized(elements: int, compiled: bool) -> Shape:
-    rows = (elements // ROW, ROW) if elements >= SMALL and elements % ROW == 0 else (elements,)
-    return Shape(size_name(elements), rows, compiled)
+def sized(operation: Operation, elements: int, compiled: bool) -> Shape:
+    return Shape(size_name(elements), operation.dims(elements), compiled)
 
 
 def largest_size(device: torch.device) -> int:
@@ -239,7 +399,7 @@ def largest_size(device: torch.device) -> int:
     return 2 ** int(math.log2(min(4 * last_level_cache(), memory_bytes() // 16) // 4))
 
 
-def shapes(device: torch.device) -> list[Shape]:
+def shapes(operation: Operation, device: torch.device) -> list[Shape]:
     """Powers of two from 64 elements to far past the last-level cache, then real networks."""
     largest = largest_size(device)
     if device.type == "cuda":
@@ -248,13 +408,16 @@ def shapes(device: torch.device) -> list[Shape]:
         sizes = [size for size in sizes if size <= largest]
     else:
         sizes = [size for size in (64, 2**10, 2**14, 2**17, 2**20, 2**22) if size < largest] + [largest]
-    return [sized(size, compiled=size in (64, 2**20, 2**27)) for size in sizes] + list(NETWORK_SHAPES)
+    found = [sized(operation, size, compiled=size in (64, 2**20, 2**27)) for size in sizes]
+    return found + list(operation.networks)
 
 
-def few_shapes(device: torch.device) -> list[Shape]:
-    """One in the last-level cache, one far past it."""
+def few_shapes(operation: Operation, device: torch.device) -> list[Shape]:
+    """One in the last-level cache, one far past it where bytes decide and no network's is, then real networks."""
     past = min(2**26, largest_size(device)) if device.type == "cuda" else largest_size(device) // 2
-    return [sized(SMALL, compiled=True), sized(past, compiled=False)]
+    past_is_needed = operation.forward_passes and all(shape.elements < past for shape in operation.networks)
+    sizes = [SMALL, past] if past_is_needed else [SMALL]
+    return [sized(operation, size, compiled=size == SMALL) for size in sizes] + list(operation.networks)
 
 
 HOST_ELEMENTS = 64
@@ -263,7 +426,7 @@ CALL, CALL_GRAD, MODULE, MODULE_GRAD = "call", "call, input with grad", "module"
 CALLS = (CALL, CALL_GRAD)
 INPLACE, CHAIN_BACKWARD, CHAIN_TRAINING = "in place", "backward, a layer of 200", "forward + backward, a layer of 200"
 
-LARGE = 256 * 2**20  # bytes of a tensor
+PAST, LARGE = 64 * 2**20, 256 * 2**20  # bytes of a tensor
 
 
 @dataclass(frozen=True)
@@ -290,6 +453,10 @@ def kept(name: str, what: str, limit: float, quantity: str, **where: Any) -> Tar
     return Target(f"{name}: kept{what}", limit, name, {"section": "kept", **where}, quantity)
 
 
+def large(step: str, least: int = LARGE, **where: Any) -> dict[str, Any]:
+    return {"section": "speed", "step": step, "tensor_bytes": lambda size: size >= least, **where}
+
+
 def in_cache(name: str, step: str, limit: float, *dtypes: str) -> Target:
     """At 1M elements, in these dtypes or in all."""
     where = {"section": "speed", "step": step, "elements": SMALL, "in_cache": True}
@@ -298,7 +465,12 @@ def in_cache(name: str, step: str, limit: float, *dtypes: str) -> Target:
     return Target(f"{name}: {', '.join((what, *dtypes))}, 1M", limit, name, where)
 
 
-BITS = tuple(operation.name for operation in OPERATIONS if operation.bits)
+def past_cache(name: str, step: str, limit: float, dtype: str) -> Target:
+    what = step.replace("forward + backward", "fwd + bwd")
+    return Target(f"{name}: {what}, {dtype}, 64 MB and more", limit, name, large(step, PAST, dtype=dtype))
+
+
+BITS = tuple(operation.name for operation in FAMILY if operation.bits)
 KEPT_TARGETS = (
     Target("relu: kept, float32", 1 / 32, "relu", {"section": "kept", "dtype": "float32"}, "share_of_input"),
     Target("relu: kept, bfloat16", 1 / 16, "relu", {"section": "kept", "dtype": "bfloat16"}, "share_of_input"),
@@ -308,6 +480,8 @@ KEPT_TARGETS = (
     kept("relu_squared", " beyond the output", 0, "beyond_output", dtype=("float32", "bfloat16").__contains__),
     kept("relu_squared", " beyond the input, float16", 0, "beyond_inputs", dtype="float16"),
     *(kept(name, " beyond the inputs", 0, "beyond_inputs") for name in ("prelu", "prelu_channels", "reglu")),
+    *(kept(o.name, ", bytes an element", 1 / 8, "beyond_constants") for o in FUSED if o.bits),
+    kept("linear_relu", " beyond inputs and output", 0, "beyond_both"),
 )
 FAMILY_CPU_TARGETS = (
     *(
@@ -323,6 +497,14 @@ FAMILY_CPU_TARGETS = (
     in_cache("relu_squared", TRAINING, 0.5, "float32"),
     in_cache("reglu", TRAINING, 0.6),
 )
+FUSED_TRAINING = {"add_relu": 0.7, "bias_relu": 0.6, "scale_shift_relu": 0.5, "scale_shift_add_relu": 0.5}
+FUSED_CPU_TARGETS = (
+    *(in_cache(name, TRAINING, limit, "float32") for name, limit in FUSED_TRAINING.items()),
+    *(past_cache(name, TRAINING, limit, "float32") for name, limit in FUSED_TRAINING.items()),
+    in_cache("relu_dropout", FORWARD, 0.03, "float32"),
+    in_cache("relu_dropout", TRAINING, 0.05, "float32"),
+    Target("linear_relu: every shape and step", 1.0, "linear_relu", {"section": "speed"}),
+)
 CPU_TARGETS = (
     Target("relu: call, 64 elements", 0.65, "relu", {"section": "host", "step": CALL}),
     Target("relu: call with grad, 64 elements", 0.80, "relu", {"section": "host", "step": CALL_GRAD}),
@@ -331,12 +513,9 @@ CPU_TARGETS = (
     Target("relu: forward in cache", 1.0, "relu", {"section": "speed", "step": FORWARD, "in_cache": True}),
     Target("relu: backward from bits, every size", 1.0, "relu", {"section": "speed", "step": BACKWARD}),
     *FAMILY_CPU_TARGETS,
+    *FUSED_CPU_TARGETS,
     *KEPT_TARGETS,
 )
-
-
-def large(step: str, **where: Any) -> dict[str, Any]:
-    return {"section": "speed", "step": step, "tensor_bytes": lambda size: size >= LARGE, **where}
 
 
 SMALL_CELLS = {"section": "speed", "elements": lambda count: count <= SMALL}

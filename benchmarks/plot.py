@@ -9,11 +9,12 @@ from typing import Any
 
 import machine
 import matplotlib
+import report
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from cases import COMPILED, DTYPES, EAGER, OPERATIONS, OURS, STEPS, size_name
+from cases import COMPILED, DTYPES, EAGER, FUSED, OPERATIONS, OURS, SMALL, STEPS, size_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -37,6 +38,7 @@ STYLE = {
 }
 NETWORK = {"linestyle": "", "marker": "s", "markersize": 5, "markerfacecolor": "none", "label": None}
 SPAN, VANISHING = 7, 0.05  # of the curves: x from -SPAN to SPAN, and the derivative that counts as vanished
+PARTS = {"family": "The family", "fused": "Fused operations"}
 BANDS = {
     "vanishing": {"color": "#fdf0d0", "label": f"|derivative| < {VANISHING}"},
     "dead": {"color": "#e9d3dd", "label": "derivative exactly 0, value flat:\nno gradient, units die"},
@@ -62,6 +64,12 @@ def save(figure: Figure, results: Record, title: str, path: Path) -> None:
     print(path)
 
 
+def scale(heights: list[float]) -> float:
+    """The highest bar, but for a few five times as high as three quarters of them, which would flatten these."""
+    usual = sorted(heights)[3 * (len(heights) - 1) // 4]
+    return max(1, *(height for height in heights if height <= 5 * usual))
+
+
 def draw_bars(axes: Axes, records: list[Record], step: str, dtypes: list[str]) -> None:
     names = list(dict.fromkeys(record["shape"] for record in records))
     width, bars = 0.8 / len(dtypes), []
@@ -83,7 +91,7 @@ def draw_bars(axes: Axes, records: list[Record], step: str, dtypes: list[str]) -
                 quotient = seconds[EAGER]["median"] / seconds[COMPILED]["median"]
                 axes.plot(x, quotient, marker="D", markersize=5, color=ORANGE, markeredgecolor="black", linestyle="")
     # An outlier's error bar must not flatten the bars.
-    top = 1.25 * max(1, *(height for _, height, _ in bars))
+    top = 1.25 * scale([height for _, height, _ in bars])
     axes.set_ylim(0, top)
     for x, height, end in bars:
         label = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8}
@@ -174,7 +182,7 @@ def draw_kept(axes: Axes, records: list[Record], operations: list[str], sides: l
 
 
 def kept(results: Record, path: Path) -> None:
-    records = rows(results, "kept")
+    records = rows(results, "kept", elements=SMALL)
     operations = list(dict.fromkeys(record["operation"] for record in records))
     dtypes = present(records, "dtype", DTYPES)
     sides = [side for side in SIDES if any(side in record["bytes_per_element"] for record in records)]
@@ -234,14 +242,20 @@ def draw(results: Record, out: Path, name: str) -> None:
     speed = rows(results, "speed")
     for operation in dict.fromkeys(record["operation"] for record in speed):
         records = rows(results, "speed", operation=operation)
-        if len({record["shape"] for record in records}) > 2:
+        sizes = {record["shape"] for record in records if record["shape"] == size_name(record["elements"])}
+        if len(sizes) > 2:
             speedup(results, records, operation, out / f"{name}-speedup-{operation}.png")
+        if len(sizes) > 2 and "bytes_moved" in records[0]:
             bandwidth(results, operation, out / f"{name}-bandwidth-{operation}.png")
-    for shape in dict.fromkeys(record["shape"] for record in speed):
+    fused = {operation.name for operation in FUSED}
+    for shape in report.family_shapes(results["records"]):
         records = [record | {"shape": record["operation"]} for record in speed if record["shape"] == shape]
-        if len({record["operation"] for record in records}) > 1:
-            path = out / f"{name}-speedup-family-{shape.replace(' ', '-')}.png"
-            speedup(results, records, f"The family, {shape} elements", path)
+        parts = {"family": [r for r in records if r["operation"] not in fused]}
+        parts["fused"] = [r for r in records if r["operation"] in fused]
+        for part, found in parts.items():
+            if len({record["operation"] for record in found}) > 1:
+                path = out / f"{name}-speedup-{part}-{shape.replace(' ', '-')}.png"
+                speedup(results, found, f"{PARTS[part]}, {shape} elements", path)
     if rows(results, "kept"):
         kept(results, out / f"{name}-kept.png")
     curves(results, out / f"{name}-curves.png")

@@ -16,6 +16,7 @@ from cases import (
     DTYPES,
     EAGER,
     FORWARD,
+    FUSED,
     HOST_ELEMENTS,
     OPERATIONS,
     OURS,
@@ -24,6 +25,7 @@ from cases import (
     TRAINING,
     Operation,
     Target,
+    size_name,
 )
 from harness import Spread
 from rich.console import Console
@@ -75,12 +77,12 @@ def kept_table(records: list[Record]) -> Table:
         "keeps it too (a convolution, a linear layer): train_digits.py counts whole models.",
     )
     sides = [OURS, EAGER, COMPILED]
-    for heading in ("operation", "dtype", *sides, "relu_ext / torch"):
-        table.add_column(heading, justify="left" if heading in ("operation", "dtype") else "right")
+    for heading in ("operation", "dtype", "shape", *sides, "relu_ext / torch"):
+        table.add_column(heading, justify="left" if heading in ("operation", "dtype", "shape") else "right")
     for record in records:
-        kept = record["bytes_per_element"]
+        kept, shape = record["bytes_per_element"], record.get("shape", size_name(record["elements"]))
         counts = (f"{kept[side]:.4g}" if side in kept else "" for side in sides)
-        table.add_row(record["operation"], record["dtype"], *counts, f"1/{1 / record['ratio']:g}")
+        table.add_row(record["operation"], record["dtype"], shape, *counts, f"1/{1 / record['ratio']:.4g}")
     return table
 
 
@@ -92,27 +94,34 @@ LIMITS = {
 }
 
 
+def fraction_text(record: Record) -> str:
+    return f"{record['copy_fraction']:.2f}" if "copy_fraction" in record else ""
+
+
 def speed_table(records: list[Record], operation: Operation, dtype: str) -> Table:
+    limit = f"of copy: fraction of the copy limit, {LIMITS['clone' in records[0]['seconds']]}. "
+    has_limit = "copy_fraction" in records[0]
     table = Table(
         title=f"{operation.name}, {dtype}: relu_ext against {operation.torch_name}",
         caption="/torch, /compile: time of relu_ext divided by that of eager torch or torch.compile in the same run, "
-        f"below 1 relu_ext is faster. of copy: fraction of the copy limit, {LIMITS['clone' in records[0]['seconds']]}. "
-        "backward: without the engine of autograd; fwd + bwd: with it.",
+        f"below 1 relu_ext is faster. {limit if has_limit else ''}"
+        "backward: without the engine of autograd if each side is one node; fwd + bwd: with it.",
     )
     table.add_column("shape", no_wrap=True)
+    found = {(record["shape"], record["step"]): record for record in records}
     steps = [step for step in STEPS if any(record["step"] == step for record in records)]
     for step in steps:
         table.add_column(step.replace("forward + backward", "fwd + bwd"), justify="right", no_wrap=True)
-        columns = ("/torch", "of copy") if step == BACKWARD else ("/torch", "/compile", "of copy")
-        for heading in columns:
+        columns = ("/torch",) if step == BACKWARD else ("/torch", "/compile")
+        for heading in (*columns, "of copy") if has_limit else columns:
             table.add_column(heading, justify="right", no_wrap=True)
     for shape in dict.fromkeys(record["shape"] for record in records):
         row = [shape]
         for step in steps:
-            record = next(r for r in records if r["shape"] == shape and r["step"] == step)
-            row += [duration(record["seconds"][OURS]["median"]), ratio_text(record["ratio"])]
-            row += [] if step == BACKWARD else [ratio_text(record["compile_ratio"])]
-            row += [f"{record['copy_fraction']:.2f}"]
+            record = found.get((shape, step), {})
+            row += [duration(record["seconds"][OURS]["median"]) if record else "", ratio_text(record.get("ratio"))]
+            row += [] if step == BACKWARD else [ratio_text(record.get("compile_ratio"))]
+            row += [fraction_text(record)] if has_limit else []
         table.add_row(*row)
     return table
 
@@ -131,8 +140,8 @@ def bandwidth_table(records: list[Record], operation: Operation, dtype: str) -> 
         table.add_column(f"{step.replace('forward + backward', 'fwd + bwd')}\n{side}", justify="right", no_wrap=True)
     table.add_column("\ncopy_", justify="right", no_wrap=True)
 
-    def text(record: Record, side: str) -> str:
-        if side not in record["seconds"]:
+    def text(record: Record | None, side: str) -> str:
+        if record is None or side not in record["seconds"]:
             return ""
         seconds = record["seconds"][side]["median"]
         percent = 100 * record["copy_limit_seconds"] / seconds
@@ -142,7 +151,7 @@ def bandwidth_table(records: list[Record], operation: Operation, dtype: str) -> 
         of_step = {record["step"]: record for record in records if record["shape"] == shape}
         copied = next(iter(of_step.values()))
         speed = copied["bytes_moved"] / copied["copy_limit_seconds"] / 1e9
-        table.add_row(shape, *(text(of_step[step], side) for step, side in columns), f"{speed:.0f}")
+        table.add_row(shape, *(text(of_step.get(step), side) for step, side in columns), f"{speed:.0f}")
     return table
 
 
@@ -233,7 +242,7 @@ def family_row(records: list[Record]) -> list[str]:
     cells = [f"{kept[OURS]:.4g} / {kept[EAGER]:.4g}" if kept else ""]
     for record in (of(FORWARD), of(TRAINING)):
         cells += [ratio_text(record.get("ratio")), ratio_text(record.get("compile_ratio"))]
-        cells += [f"{record['copy_fraction']:.2f}" if record else ""]
+        cells += [fraction_text(record)]
     return cells + [ratio_text(of(call, "host").get("ratio")) for call in CALLS]
 
 
@@ -257,6 +266,44 @@ def family_table(records: list[Record], dtype: str, shape: str) -> Table:
     return table
 
 
+def family_shapes(records: list[Record]) -> list[str]:
+    """Those at which most of the operations were measured."""
+    speed = [record for record in records if record["section"] == "speed"]
+    names = {record["operation"] for record in speed}
+    at = {shape: {r["operation"] for r in speed if r["shape"] == shape} for shape in (r["shape"] for r in speed)}
+    return [shape for shape, found in at.items() if len(found) > max(1, len(names) // 2)]
+
+
+def fused_table(records: list[Record]) -> Table:
+    """What a network gains where an operation stands for several of its own."""
+    dtypes = [dtype for dtype in DTYPES if any(record.get("dtype") == dtype for record in records)]
+    table = Table(
+        title="Fused operations",
+        caption="kept: bytes an element of the output, relu_ext / torch. forward, fwd + bwd: relu_ext's time, and in "
+        "brackets that divided by eager torch's in the same run, below 1 relu_ext is faster.",
+    )
+    for heading in ("operation", "shape"):
+        table.add_column(heading, no_wrap=True)
+    for dtype in dtypes:
+        for heading in ("kept", "forward", "fwd + bwd"):
+            table.add_column(f"{heading}, {dtype}", justify="right", no_wrap=True)
+
+    def text(record: Record | None) -> str:
+        if record is None:
+            return ""
+        if record["section"] == "kept":
+            return " / ".join(f"{record['bytes_per_element'][side]:.4g}" for side in (OURS, EAGER))
+        return f"{duration(record['seconds'][OURS]['median'])} ({ratio_text(record['ratio'])})"
+
+    for operation in FUSED:
+        own = [record for record in records if record["operation"] == operation.name]
+        found = {(r["shape"], r["dtype"], r.get("step")): r for r in own}  # what is kept hangs on no step
+        for shape in dict.fromkeys(record["shape"] for record in own if record["section"] == "speed"):
+            cells = (found.get((shape, dtype, step)) for dtype in dtypes for step in (None, FORWARD, TRAINING))
+            table.add_row(operation.name, shape, *map(text, cells))
+    return table
+
+
 def tables(device: str, records: list[Record], judged: list[Record]) -> Iterator[tuple[str, Table]]:
     """Every table that the records have rows for, by kind."""
 
@@ -268,13 +315,16 @@ def tables(device: str, records: list[Record], judged: list[Record]) -> Iterator
             rows = [r for r in of("speed") if (r["operation"], r["dtype"]) == (operation.name, dtype)]
             if rows:
                 yield "speed", speed_table(rows, operation, dtype)
-            if rows and device == "cuda":
+            if rows and device == "cuda" and "bytes_moved" in rows[0]:
                 yield "bandwidth", bandwidth_table(rows, operation, dtype)
-    for shape in dict.fromkeys(record["shape"] for record in of("speed")):
+    for shape in family_shapes(records):
         for dtype in DTYPES:
             table = family_table(records, dtype, shape)
             if table.row_count > 1:
                 yield "family", table
+    fused = fused_table([*of("kept"), *of("speed")])
+    if fused.row_count:
+        yield "fused", fused
     sections = {"kept": kept_table, "block": block_table, "kernels": kernels_table, "host": host_table}
     for section, table in sections.items():
         if of(section):
@@ -302,9 +352,9 @@ def markdown(table: Table) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "latest-cpu.json"
-    kinds = ("speed", "bandwidth", "family", "kept", "block", "kernels", "host", "targets")
+    kinds = ("speed", "bandwidth", "family", "fused", "kept", "block", "kernels", "host", "targets")
     parser.add_argument("json", nargs="?", type=Path, default=default, help="what run.py wrote; default: %(default)s")
-    parser.add_argument("--tables", nargs="+", choices=kinds, default=["family"], help="default: %(default)s")
+    parser.add_argument("--tables", nargs="+", choices=kinds, default=["family", "fused"], help="default: %(default)s")
     options = parser.parse_args()
     results = json.loads(options.json.read_text())
     for kind, table in tables(results["device"], results["records"], results["targets"]):

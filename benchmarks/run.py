@@ -22,7 +22,6 @@ from cases import (
     BACKWARD,
     CALL,
     CALL_GRAD,
-    CALLS,
     CHAIN,
     CHAIN_BACKWARD,
     CHAIN_TRAINING,
@@ -33,6 +32,7 @@ from cases import (
     INPLACE,
     MODULE,
     MODULE_GRAD,
+    NETWORK_SHAPES,
     OPERATIONS,
     OURS,
     SMALL,
@@ -84,16 +84,17 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def chosen(options: Options) -> list[Operation]:
     found = [operation for operation in OPERATIONS if operation.name in options.operations]
-    every = {"every_shape": True, "dtypes": tuple(DTYPES)} if options.every_shape else {}
-    given = {"dtypes": tuple(options.dtypes)} if options.dtypes else {}
-    return [replace(operation, **(every | given)) for operation in found]
+    if options.every_shape:
+        every = {"every_shape": True, "dtypes": tuple(DTYPES)}
+        found = [replace(operation, networks=operation.networks or NETWORK_SHAPES, **every) for operation in found]
+    return [replace(operation, dtypes=tuple(options.dtypes)) for operation in found] if options.dtypes else found
 
 
 def places(operation: Operation, device: torch.device, options: Options) -> list[Shape]:
     quick = [64, 2**14, 2**17, SMALL] if operation.every_shape else [SMALL]
     if sizes := options.sizes or (quick if options.quick else None):
-        return [sized(size, compiled=True) for size in sizes]
-    return shapes(device) if operation.every_shape else few_shapes(device)
+        return [sized(operation, size, compiled=True) for size in sizes]
+    return shapes(operation, device) if operation.every_shape else few_shapes(operation, device)
 
 
 def compile_works(device: torch.device, console: Console) -> bool:
@@ -130,83 +131,101 @@ def timed(
 
 
 def host_calls(operation: Operation, device: torch.device) -> Iterator[tuple[str, dict[str, Call]]]:
-    operands, grad = harness.problem(operation, (HOST_ELEMENTS,), torch.float32, device)
-    first, *others = operands
-    harness.check(operation, operands, grad)
-    harness.check_other_forms(operation, operands)
+    problem = harness.problem(operation, operation.dims(HOST_ELEMENTS), torch.float32, device)
+    first, *others = problem.operands
+    harness.check(operation, problem)
+    harness.check_other_forms(operation, problem)
     sides = list(zip((OURS, EAGER), operation.function, strict=True))
-    yield CALL, {side: Call(function, tuple(operands)) for side, function in sides}
-    yield CALL_GRAD, {side: Call(function, harness.leaves(operands)) for side, function in sides}
+    yield CALL, {side: Call(function, problem.operands) for side, function in sides}
+    yield CALL_GRAD, {side: Call(function, problem.leaves()) for side, function in sides}
+    if not operation.every_shape:
+        return
     if operation.module:
         modules = [(side, build().to(device)) for side, build in zip((OURS, EAGER), operation.module, strict=True)]
-        yield MODULE, {side: Call(module, tuple(operands)) for side, module in modules}
-        yield MODULE_GRAD, {side: Call(module, harness.leaves(operands)) for side, module in modules}
+        yield MODULE, {side: Call(module, problem.operands) for side, module in modules}
+        yield MODULE_GRAD, {side: Call(module, problem.leaves()) for side, module in modules}
     if operation.inplace:
         inplace = zip((OURS, EAGER), operation.inplace, strict=True)
         yield INPLACE, {side: Call(function, (first.clone(), *others)) for side, function in inplace}
-    yield CHAIN_BACKWARD, {s: harness.chain_backward(f, operands, grad, CHAIN) for s, f in sides}
+    if problem.grad.shape != first.shape:
+        return  # no chain of these
+    yield CHAIN_BACKWARD, {side: harness.chain_backward(function, problem, CHAIN) for side, function in sides}
     chains = [(side, harness.chain(function, CHAIN)) for side, function in sides]
-    training = {s: Call(harness.train, (f, harness.leaves(operands), grad), CHAIN) for s, f in chains}
-    yield CHAIN_TRAINING, training
+    yield CHAIN_TRAINING, {side: harness.training(function, problem, CHAIN) for side, function in chains}
 
 
 def host_records(operation: Operation, device: torch.device, seconds: float) -> Iterator[Record]:
-    shape = Shape(str(HOST_ELEMENTS), (HOST_ELEMENTS,))
+    shape = sized(operation, HOST_ELEMENTS, compiled=False)
     sampler = gpu.queueing if device.type == "cuda" else partial(harness.wall_clock, threads=1)
     for step, calls in host_calls(operation, device):
-        if step not in CALLS and not operation.every_shape:
-            continue
         samples = harness.measure(calls, 3 * seconds, sampler)
         yield timed("host", operation, step, "float32", shape, samples, threads=1)
 
 
-def kept_record(operation: Operation, dtype: str, device: torch.device, compiled: bool) -> Record:
-    shape = sized(SMALL, compiled)
-    operands, grad = harness.problem(operation, shape.dims, DTYPES[dtype], device)
+def kept_record(operation: Operation, dtype: str, shape: Shape, problem: harness.Problem, compiled: bool) -> Record:
     functions = dict(zip((OURS, EAGER), operation.function, strict=True))
-    if shape.compiled:
+    if compiled:
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
-    kept = {side: harness.kept_bytes(function, operands) for side, function in functions.items()}
+    kept = {side: harness.kept_bytes(function, problem) for side, function in functions.items()}
     return {
         "section": "kept",
         "operation": operation.name,
         "dtype": dtype,
+        "shape": shape.name,
         "elements": shape.elements,
         "bytes_per_element": {side: counts.all / shape.elements for side, counts in kept.items()},
         "ratio": kept[OURS].all / kept[EAGER].all,
         "kept_per_element": kept[OURS].all / shape.elements,
-        "share_of_input": kept[OURS].all / grad.nbytes,
-        "beyond_inputs": kept[OURS].beyond_inputs / shape.elements,
-        "beyond_output": kept[OURS].beyond_output / shape.elements,
+        "share_of_input": kept[OURS].all / problem.grad.nbytes,
+        **{f: getattr(kept[OURS], f) / shape.elements for f in harness.Kept._fields if f != "all"},
+    }
+
+
+def kept_records(operation: Operation, dtype: str, device: torch.device, compiled: bool) -> Iterator[Record]:
+    shape = sized(operation, SMALL, compiled)
+    problem = harness.problem(operation, shape.dims, DTYPES[dtype], device)
+    yield kept_record(operation, dtype, shape, problem, compiled)
+
+
+def limits(
+    operation: Operation, step: str, grad: torch.Tensor, samples: dict[str, list[float]], copies: Iterable[str]
+) -> Record:
+    """What a copy of the same bytes would take; nothing where bytes are not what the operation takes its time for."""
+    passes = operation.passes(step, grad.itemsize)
+    if passes is None:
+        return {}
+    medians = {name: harness.spread(times)["median"] for name, times in samples.items()}
+    best = min(copies, key=medians.__getitem__)
+    copy = medians[best] * passes / 2
+    return {
+        "bytes_moved": passes * grad.nbytes,
+        "copy_limit_seconds": copy,
+        "copy_fraction": copy / medians[OURS],
+        "over_copy": quotients(samples, best, passes / 2),
     }
 
 
 def speed_record(
-    operation: Operation, step: str, dtype: str, shape: Shape, operands: list, grad: torch.Tensor, options: Options
+    operation: Operation, step: str, dtype: str, shape: Shape, problem: harness.Problem, options: Options
 ) -> Record:
+    grad = problem.grad
     functions = dict(zip((OURS, EAGER), operation.function, strict=True))
     # A compiled backward cannot run twice on one graph (it reuses what was kept), so it is measured in training only.
     if options.compile and shape.compiled and step != BACKWARD:
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(operation.function.torch, dynamic=False)
-    copies = harness.copy_calls(grad)
-    calls = harness.step_calls(step, functions, operands, grad) | copies
+    copies = harness.copy_calls(grad) if operation.passes(step, grad.itemsize) else {}
+    calls = harness.step_calls(step, functions, problem) | copies
     sampler = gpu.cold_l2 if grad.is_cuda else partial(harness.wall_clock, threads=options.threads)
     # Autograd's engine turns gradients off for the nodes that it calls; where they are on, a node that keeps tensors
     # records its own history.
     with torch.set_grad_enabled(step != BACKWARD):
         samples = harness.measure(calls, options.seconds, sampler)
-    record = timed("speed", operation, step, dtype, shape, samples, options.threads)
-    passes = operation.passes(step, grad.itemsize)
-    best = min(copies, key=lambda name: record["seconds"][name]["median"])
-    copy = record["seconds"][best]["median"] * passes / 2
-    return record | {
+    return {
+        **timed("speed", operation, step, dtype, shape, samples, options.threads),
+        **limits(operation, step, grad, samples, copies),
         "tensor_bytes": grad.nbytes,
-        "bytes_moved": passes * grad.nbytes,
-        "copy_limit_seconds": copy,
-        "copy_fraction": copy / record["seconds"][OURS]["median"],
-        "over_copy": quotients(samples, best, passes / 2),
         "in_cache": not grad.is_cuda and 2 * grad.nbytes < machine.last_level_cache(),
     }
 
@@ -214,17 +233,20 @@ def speed_record(
 def speed_records(
     operation: Operation, dtype: str, shape: Shape, device: torch.device, options: Options
 ) -> Iterator[Record]:
-    operands, grad = harness.problem(operation, shape.dims, DTYPES[dtype], device)
-    harness.check(operation, operands, grad)
+    problem = harness.problem(operation, shape.dims, DTYPES[dtype], device)
+    harness.check(operation, problem)
+    if shape in operation.networks:
+        yield kept_record(operation, dtype, shape, problem, compiled=False)
     for step in options.steps:
-        yield speed_record(operation, step, dtype, shape, operands, grad, options)
+        if step in shape.steps:
+            yield speed_record(operation, step, dtype, shape, problem, options)
 
 
 def kernel_records(operation: Operation, device: torch.device, console: Console) -> Iterator[Record]:
-    operands, grad = harness.problem(operation, (HOST_ELEMENTS,), torch.float32, device)
+    problem = harness.problem(operation, operation.dims(HOST_ELEMENTS), torch.float32, device)
     functions = dict(zip((OURS, EAGER), operation.function, strict=True))
     for step in STEPS:
-        calls = harness.step_calls(step, functions, operands, grad)
+        calls = harness.step_calls(step, functions, problem)
         names = {side: gpu.kernels(call) for side, call in calls.items()}
         if not names[EAGER]:
             console.print("kernels left out: the profiler sees none")
@@ -242,7 +264,7 @@ def kernel_records(operation: Operation, device: torch.device, console: Console)
 def measure_all(device: torch.device, options: Options, progress: Progress) -> list[Record]:
     operations = chosen(options)
     cuda = device.type == "cuda"
-    blocks = [operation for operation in operations if cuda and operation.bits]
+    blocks = [operation for operation in operations if cuda and operation.bits and operation.inplace]
     cells = [(o, dtype, places(o, device, options)) for o in operations for dtype in o.dtypes]
     total = (options.host + cuda) * len(operations) + sum(1 + len(found) for _, _, found in cells) + len(blocks)
     task = progress.add_task("", total=total)
@@ -260,7 +282,7 @@ def measure_all(device: torch.device, options: Options, progress: Progress) -> l
     options.compile = options.compile and compile_works(device, progress.console)
     for operation, dtype, found in cells:
         name = f"{operation.name}, {dtype}"
-        add(f"{name}, kept", [kept_record(operation, dtype, device, options.compile)])
+        add(f"{name}, kept", kept_records(operation, dtype, device, options.compile))
         for shape in found:
             add(f"{name}, {shape.name}", speed_records(operation, dtype, shape, device, options))
     for operation in blocks:
