@@ -317,7 +317,8 @@ def scale_shift_relu(
         scale, shift: ``[input.shape[dim]]`` each.
         residual: as in :func:`add_relu`.
 
-    16-bit types are computed in float32 and rounded once.
+    16-bit types are computed in float32 and rounded once; where the CPU has fused multiply-adds, no product is rounded.
+    So a sum next to 0 may have another sign than torch's.
 
     Gradient: with ``masked`` being ``grad`` where ``not (input * scale + shift + residual <= 0)``, else 0: of the
     input, ``masked * scale``; of the residual, ``masked``; of scale and shift, the sums of ``masked * input`` and of

@@ -268,6 +268,15 @@ def test_gradients_alone(device, row):
         assert kept_by(row.ours, *(x.requires_grad_() for x in inputs))[1] == []
 
 
+@over_dtypes
+@pytest.mark.parametrize("shape", [(1, 3, 7), (2, 1, 13), (3, 70, 1)], ids=str)
+def test_spare_bits_are_zero(device, dtype, shape, isa):
+    """Where a block goes beyond the end, the bias alone would have bits there."""
+    input, bias = moderate(*shape, dtype=dtype, device=device), torch.ones(shape[1], dtype=dtype, device=device)
+    output, (bits,) = kept_by(relu_ext.bias_relu, input.requires_grad_(), bias)
+    assert torch.equal(bits, packed(output > 0))
+
+
 def test_residual_and_input_have_one_gradient(device):
     leaves = [moderate(7, 9, device=device, seed=seed).requires_grad_() for seed in (0, 1)]
     first, second = torch.autograd.grad(relu_ext.add_relu(*leaves).sum(), leaves)

@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "kernels.h"
+#include "random.h"
 
 namespace relu_ext::cuda {
 namespace {
@@ -28,10 +29,12 @@ void queue(const Work& work, int64_t numel) {
   C10_CUDA_CHECK(launch(work, numel, c10::cuda::getCurrentCUDAStream()));
 }
 
-void queue_prelu_backward(const PreluBackward& work, int64_t numel) {
-  const at::Tensor workspace = empty({prelu_workspace(work, numel)}, at::kByte, at::MemoryFormat::Contiguous);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(prelu_backward(work, numel, workspace.mutable_data_ptr(), stream));
+// With a workspace.
+template <class Work, int64_t (*bytes)(const Work&, int64_t),
+          cudaError_t (*launch)(const Work&, int64_t, void*, cudaStream_t)>
+void queue_sums(const Work& work, int64_t numel) {
+  const at::Tensor workspace = empty({bytes(work, numel)}, at::kByte, at::MemoryFormat::Contiguous);
+  C10_CUDA_CHECK(launch(work, numel, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
@@ -43,6 +46,9 @@ const Backend backend{empty,
                       queue<Gated, gated>,
                       queue<GatedBackward, gated_backward>,
                       queue<Prelu, prelu>,
-                      queue_prelu_backward};
+                      queue_sums<PreluBackward, prelu_workspace, prelu_backward>,
+                      queue<Fused, fused>,
+                      queue_sums<FusedBackward, fused_workspace, fused_backward>,
+                      next_stream};
 
 }  // namespace relu_ext::cuda

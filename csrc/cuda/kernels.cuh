@@ -18,15 +18,16 @@ constexpr int warp = 32;  // lanes
 // Cache operators of PTX: none, or .cs, "likely to be accessed once".
 enum class Hint { none, streaming };
 
-template <int threads_, int vectors_, Hint loads_ = Hint::none, Hint stores_ = Hint::none>
+// By default a thread is left 64 registers. ptxas by itself goes down to 32 and, to do so, puts a load of the 16-bit
+// backward behind the wait for the first bits.
+template <int threads_, int vectors_, Hint loads_ = Hint::none, Hint stores_ = Hint::none,
+          int blocks_ = 1024 / threads_>
 struct Tile {
   static constexpr int threads = threads_;  // of a block
   static constexpr int vectors = vectors_;  // of a thread
   static constexpr Hint loads = loads_;
   static constexpr Hint stores = stores_;
-  // At least this many blocks have room on a multiprocessor, which leaves a thread 64 registers. ptxas by itself goes
-  // down to 32 and, to do so, puts a load of the 16-bit backward behind the wait for the first bits.
-  static constexpr int blocks = 1024 / threads_;
+  static constexpr int blocks = blocks_;  // that have room on a multiprocessor, at least
   static_assert(threads % warp == 0 && (vectors & (vectors - 1)) == 0);
 };
 
@@ -50,8 +51,9 @@ struct Part {
   int64_t numel;
 
   __device__ __forceinline__ explicit Part(int64_t numel)
-      : first((int64_t(blockIdx.x) * Tile::threads + threadIdx.x / warp * warp) * Tile::vectors + threadIdx.x % warp),
-        numel(numel) {}
+      : Part((int64_t(blockIdx.x) * Tile::threads + threadIdx.x / warp * warp) * Tile::vectors + threadIdx.x % warp,
+             numel) {}
+  __device__ __forceinline__ Part(int64_t first, int64_t numel) : first(first), numel(numel) {}
 
   // The first element of the k-th vector, how many of its elements exist, and the byte of their bits.
   __device__ __forceinline__ int64_t element(int k) const { return (first + warp * k) * lanes; }

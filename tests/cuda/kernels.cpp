@@ -22,6 +22,11 @@ int64_t kernels_prelu_workspace(const PreluBackward& work, int64_t numel) { retu
 int kernels_prelu_backward(const PreluBackward& work, int64_t numel, void* workspace, cudaStream_t stream) {
   return cuda::prelu_backward(work, numel, workspace, stream);
 }
+int kernels_fused(const Fused& work, int64_t numel, cudaStream_t stream) { return cuda::fused(work, numel, stream); }
+int64_t kernels_fused_workspace(const FusedBackward& work, int64_t numel) { return cuda::fused_workspace(work, numel); }
+int kernels_fused_backward(const FusedBackward& work, int64_t numel, void* workspace, cudaStream_t stream) {
+  return cuda::fused_backward(work, numel, workspace, stream);
+}
 
 int64_t emulator_launches() { return emulator::launches; }
 const emulator::Launch* emulator_last_launch() { return &emulator::last_launch; }

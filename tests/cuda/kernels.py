@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_double, c_int64, c_uint, c_uint8, c_uint64, c_void_p
+from ctypes import c_double, c_int64, c_uint, c_uint8, c_uint16, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -374,6 +374,32 @@ class PreluBackward(ctypes.Structure):
     ]
 
 
+class Stream(ctypes.Structure):
+    _fields_ = [("seed", c_uint64), ("offset", c_uint64), ("seed_at", c_void_p), ("offset_at", c_void_p)]
+
+
+class Dropout(ctypes.Structure):
+    _fields_ = [("stream", Stream), ("last", c_uint16), ("factor", c_double)]
+
+
+class Fused(ctypes.Structure):
+    _fields_ = [
+        *[("activation", c_uint8), ("scalars", c_double * 3), ("dtype", c_uint8)],
+        *[("channels", c_int64), ("inner", c_int64)],
+        *[("input", c_void_p), ("scale", c_void_p), ("shift", c_void_p), ("residual", c_void_p)],
+        *[("dropout", Dropout), ("output", c_void_p), ("bits", c_void_p)],
+    ]
+
+
+class FusedBackward(ctypes.Structure):
+    _fields_ = [
+        *[("activation", c_uint8), ("scalars", c_double * 3), ("dtype", c_uint8)],
+        *[("channels", c_int64), ("inner", c_int64), ("kept_as", c_uint8)],
+        *[("grad", c_void_p), ("kept", c_void_p), ("input", c_void_p), ("scale", c_void_p), ("factor", c_double)],
+        *[("grad_input", c_void_p), ("grad_residual", c_void_p), ("grad_scale", c_void_p), ("grad_shift", c_void_p)],
+    ]
+
+
 class Kernels:
     """The launchers of a built library; memory is given by its address."""
 
@@ -381,6 +407,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_launches.restype = c_int64
         self.library.kernels_prelu_workspace.restype = c_int64
+        self.library.kernels_fused_workspace.restype = c_int64
         self.library.emulator_last_launch.restype = ctypes.POINTER(Launch)
         self.library.emulator_run_only.argtypes = [ctypes.POINTER(c_uint64), c_uint64]
 
@@ -396,13 +423,16 @@ class Kernels:
         work = Backward(activation.code, activation.scalars, dtype.code, how, grad, kept, output)
         return self.launch("backward", work, numel, stream)
 
-    def prelu_workspace(self, work: PreluBackward, numel: int) -> int:
-        """How many bytes."""
-        return self.library.kernels_prelu_workspace(ctypes.byref(work), c_int64(numel))
+    def workspace(self, name: str, work: ctypes.Structure, numel: int) -> int:
+        """How many bytes the launcher of this name needs."""
+        return self.library[f"kernels_{name}_workspace"](ctypes.byref(work), c_int64(numel))
+
+    def launch_sums(self, name: str, work: ctypes.Structure, numel: int, workspace, stream=None) -> int:
+        arguments = ctypes.byref(work), c_int64(numel), c_void_p(workspace), c_void_p(stream)
+        return self.library[f"kernels_{name}_backward"](*arguments)
 
     def prelu_backward(self, work: PreluBackward, numel: int, workspace, stream=None) -> int:
-        arguments = ctypes.byref(work), c_int64(numel), c_void_p(workspace), c_void_p(stream)
-        return self.library.kernels_prelu_backward(*arguments)
+        return self.launch_sums("prelu", work, numel, workspace, stream)
 
     @property
     def launches(self) -> int:

@@ -47,10 +47,24 @@ ELEMENTWISE = re.compile(
 GATED = re.compile(
     rf"cuda::gated(?P<backward>_backward)?_kernel<{TILE}, (?P<lanes>\d+)(?:, (?P<gate>\w+), (?P<up>\w+))?>"
 )
-SUMMING = re.compile(rf"cuda::prelu_backward_kernel<(?P<by>\w+), {ELEMENT}, \d+, (?P<aligned>\w+)>")
-JOINING = "cuda::prelu_join_kernel<"  # adds up what the others left: next to nothing
+SPREADING, CHOICE = r"\(relu_ext::cuda::Spread\)", r"\(relu_ext::cuda::Choice\)"
+FUSED = re.compile(
+    rf"cuda::fused_kernel<relu_ext::Parts<(?P<parts>[^>]*)>, {TILE}, (?P<aligned>\w+), {SPREADING}(?P<spread>\d), "
+    rf"{CHOICE}(?P<bits>\d), "
+)
+FUSED_BACKWARD = re.compile(
+    rf"cuda::fused_backward_kernel<{TILE}, (?P<aligned>\w+), relu_ext::(?:cuda::)?(?P<activation>\w+)<.*"
+    rf"ByChannel<{SPREADING}(?P<spread>\d)>, {CHOICE}(?P<bits>\d), (?P<scaled>\w+), {CHOICE}(?P<residual>\d)>"
+)
+SUMMING = re.compile(
+    rf"cuda::sums_kernel<(?P<by>\w+), {ELEMENT}, \d+, (?P<aligned>\w+), relu_ext::cuda::(?P<work>\w+)<"
+    rf"(?:[^(]*\([^)]*\)\d*>|\w+)(?:, {CHOICE}(?P<bits>\d), {CHOICE}(?P<input>\d))?"
+)
+JOINING = "cuda::join_kernel<"  # adds up what the others left: next to nothing
 KEPT = ["bits", "input", "output"]
+PARTS = ["scale", "shift", "residual", "dropout"]
 SPREAD = ["one", "consecutive", "any"]
+YES = "1"  # of enum class Choice
 INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<op>[A-Z]\w*)(?P<modifiers>[.\w]*)(?P<rest>.*)"
 )
@@ -158,7 +172,7 @@ class Kernel:
 
     @property
     def divides(self) -> bool:
-        return self.title.startswith(("Reglu", "Slopes"))
+        return self.title.startswith(("Reglu", "Slopes", "Fused"))
 
     @classmethod
     def named(cls, name: str) -> "Kernel | None":
@@ -167,6 +181,10 @@ class Kernel:
             return cls.elementwise(found)
         if found := GATED.search(name):
             return cls.gated(found)
+        if found := FUSED.search(name):
+            return cls.fused(found)
+        if found := FUSED_BACKWARD.search(name):
+            return cls.fused_backward(found)
         if found := SUMMING.search(name):
             return cls.summing(found)
         if JOINING in name:
@@ -210,11 +228,52 @@ class Kernel:
         return cls(f"Reglu {DTYPES[found['element']]} {way}", accesses)
 
     @classmethod
+    def fused(cls, found: re.Match) -> "Kernel | None":
+        if found["aligned"] == "false" or SPREAD[int(found["spread"])] == "any":
+            return None
+        vectors, size = int(found["vectors"]), BYTES[found["element"]]
+        parts = [name for name, there in zip(PARTS, found["parts"].split(", "), strict=True) if there == "true"]
+        accesses = Counter({"LDG.128": vectors * (1 + ("residual" in parts)), "STG.128": vectors})
+        channels = [name for name in ("scale", "shift") if name in parts]
+        spread = SPREAD[int(found["spread"])]
+        for _ in channels:
+            accesses[{"one": ONE_ELEMENT[size], "consecutive": "LDG.128"}[spread]] += vectors
+        if "dropout" in parts:  # where a captured graph has its seed
+            accesses["LDG.64"] += 2
+        accesses["STG.U8"] = (found["bits"] == YES) * vectors * 16 // size // 8
+        way = "forward with bits" if found["bits"] == YES else "forward"
+        words = ["Fused", *parts, *[spread] * bool(channels), DTYPES[found["element"]], way]
+        return cls(" ".join(words), +accesses)
+
+    @classmethod
+    def fused_backward(cls, found: re.Match) -> "Kernel | None":
+        spread = SPREAD[int(found["spread"])]
+        if found["aligned"] == "false" or spread == "any":
+            return None
+        vectors, size = int(found["vectors"]), BYTES[found["element"]]
+        to_residual = found["residual"] == YES
+        accesses = Counter({"LDG.128": vectors, "STG.128": vectors * (1 + to_residual)})
+        accesses["LDG.U8" if found["bits"] == YES else "LDG.128"] += vectors
+        words = ["Fused", found["activation"]]
+        if found["scaled"] == "true":
+            accesses[{"one": ONE_ELEMENT[size], "consecutive": "LDG.128"}[spread]] += vectors
+            words += ["scale", spread]
+        words += [DTYPES[found["element"]], "backward from", "bits" if found["bits"] == YES else "output"]
+        return cls(" ".join(words + ["and residual"] * to_residual), accesses)
+
+    @classmethod
     def summing(cls, found: re.Match) -> "Kernel | None":
         if found["aligned"] == "false":
             return None
-        way = "by channel" if found["by"] == "true" else "by column"
-        return cls(f"Slopes {DTYPES[found['element']]} sums {way}", Counter({"LDG.128": 2 * BATCH}), True)
+        dtype, way = DTYPES[found["element"]], "by channel" if found["by"] == "true" else "by column"
+        if found["work"] == "SlopeGradients":
+            return cls(f"Slopes {dtype} sums {way}", Counter({"LDG.128": 2 * BATCH}), True)
+        sums = 2 if found["input"] == YES else 1
+        batch = BATCH // sums
+        accesses = Counter({"LDG.128": batch * sums})
+        accesses["LDG.U8" if found["bits"] == YES else "LDG.128"] += batch
+        kept = "bits" if found["bits"] == YES else "output"
+        return cls(f"Fused {dtype} sums of {sums} {way} from {kept}", accesses, True)
 
 
 ONE_ELEMENT = {2: "LDG.U16", 4: "LDG", 8: "LDG.64"}

@@ -25,16 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 KERNELS, LAUNCHERS, MATHS = "cuda/kernels.cuh", "cuda/kernels.cu", "activations.h"
-GATED, PRELU, LAUNCH = "cuda/gated.cuh", "cuda/prelu.cuh", "cuda/launch.cuh"
+GATED, CHANNELS, SUMS, FUSED = "cuda/gated.cuh", "cuda/channels.cuh", "cuda/sums.cuh", "cuda/fused.cuh"
+LAUNCH, LAUNCH_CHANNELS = "cuda/launch.cuh", "cuda/launch_channels.cuh"
 ONE_ORDER = "not backward and not shuffled"  # of threads: a third of the time
 TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of its own
 
 
-def by_tests(csrc: Path, variant: str = "plain") -> str | None:
+def by_tests(csrc: Path, variant: str = "plain", words: str = ONE_ORDER) -> str | None:
     """What ended the run, or the first test that fails; or None."""
     flags = ["-g0", "-w"]  # a bug may leave a variable unused
     library = build_library(variant, csrc.parent / "kernels.so", csrc, flags)
-    command = pytest_command("-x", "--tb=no", "-p", "no:cacheprovider", "-k", ONE_ORDER)
+    command = pytest_command("-x", "--tb=no", "-p", "no:cacheprovider", "-k", words)
     process = subprocess.run(command, env=environment(variant, library), cwd=ROOT, capture_output=True, text=True)
     if process.returncode == 0:
         return None
@@ -50,6 +51,11 @@ def by_tests(csrc: Path, variant: str = "plain") -> str | None:
 def by_sanitizers(csrc: Path) -> str | None:
     """For bugs that no result shows."""
     return by_tests(csrc, "sanitized")
+
+
+def by_fused_tests(csrc: Path) -> str | None:
+    """Which come last."""
+    return by_tests(csrc, words=f"(fused or dropout) and {ONE_ORDER}")
 
 
 def by_machine_code(csrc: Path) -> str | None:
@@ -195,19 +201,76 @@ MUTANTS = [
     ),
     Mutant("strides need not divide into vectors", "cuda/gated.cu", "whole &= stride % lanes == 0;", "whole &= true;"),
     Mutant("the quotient is one less", "cuda/division.h", "/ uint64_t(value)) + 1;", "/ uint64_t(value));"),
-    Mutant("channels do not repeat", PRELU, "channel + 1 == slopes.channels.value ? 0 : channel + 1", "channel + 1"),
-    Mutant("a run is one longer", PRELU, "const bool next = left == 0;", "const bool next = left < 0;"),
+    Mutant("channels do not repeat", CHANNELS, "channel + 1 == channels.value ? 0 : channel + 1", "channel + 1"),
+    Mutant("a run is one longer", CHANNELS, "const bool next = left == 0;", "const bool next = left < 0;"),
     Mutant("the sums' mask is dropped", MATHS, "return select(keep, Arithmetic<T>{}, product);", "return product;"),
-    Mutant("a column's channel is that of its first element", PRELU, "column * lanes + j);", "column * lanes);"),
-    Mutant("a part is lost", PRELU, "i < parts * inner.value;", "i < (parts - 1) * inner.value;"),
-    Mutant("the last of a part is lost", PRELU, "item + k * step < end ? column", "item + k * step + 1 < end ? column"),
-    Mutant("half a block's sums are lost", PRELU, "int reach = Sums::threads / 2;", "int reach = Sums::threads / 4;"),
+    Mutant("a column's channel is that of its first element", SUMS, "column * lanes + j);", "column * lanes);"),
+    Mutant("a part is lost", SUMS, "i < parts * inner.value;", "i < (parts - 1) * inner.value;"),
+    Mutant("the last of a part is lost", SUMS, "item + k * step >= end ? 0", "item + k * step + 1 >= end ? 0"),
+    Mutant("half a block's sums are lost", SUMS, "int reach = Sums::threads / 2;", "int reach = Sums::threads / 4;"),
     Mutant(
-        "a lane's sum is lost", PRELU, "int j = 1; j < lanes; ++j) totals[0]", "int j = 2; j < lanes; ++j) totals[0]"
+        "a lane's sum is lost", SUMS, "int j = 1; j < lanes; ++j) totals[sum]", "int j = 2; j < lanes; ++j) totals[sum]"
     ),
-    Mutant("a barrier is missing", PRELU, "    __syncthreads();\n", ""),
-    Mutant("float64 is joined in float32", PRELU, "double total = 0;", "float total = 0;"),
-    Mutant("parts that the grid has not", "cuda/prelu.cu", "sums.groups.value * parts_of(sums)", "sums.groups.value"),
+    Mutant("a barrier is missing", SUMS, "    __syncthreads();\n", ""),
+    Mutant("float64 is joined in float32", SUMS, "double total = 0;", "float total = 0;"),
+    Mutant("parts that the grid has not", LAUNCH_CHANNELS, "sums.groups.value * sums.parts", "sums.groups.value"),
+    Mutant(
+        "the last of a single channel is lost",
+        SUMS,
+        "item = (whole - begin) % step == threadIdx.x / sums.across ? whole : end;",
+        "item = end;",
+    ),
+    Mutant("both sums are the first", SUMS, "(second ? parts : 0)", "0", by_fused_tests),
+    Mutant("channels need not be aligned", LAUNCH_CHANNELS, "% lanes == 0 && values_are)", "% lanes == 0)"),
+    Mutant("the shift is the scale", FUSED, "load(operands.shift,", "load(operands.scale,", by_fused_tests),
+    Mutant("no residual", FUSED, "if constexpr (Parts::residual)\n", "if constexpr (false)\n", by_fused_tests),
+    Mutant(
+        "the wrong group of numbers",
+        FUSED,
+        "offset, uint64_t(element) / 8)",
+        "offset, uint64_t(element) / 16)",
+        by_fused_tests,
+    ),
+    Mutant("the wrong half of a word", "epilogue.h", ">> 16 * (i % 2)", ">> 16 * (1 - i % 2)", by_fused_tests),
+    Mutant(
+        "a neighbour's words",
+        FUSED,
+        "all.word[other * words + word]",
+        "all.word[(other ^ 1) * words + word]",
+        by_fused_tests,
+    ),
+    Mutant("the last number drops", FUSED, "<= operands.last", "< operands.last", by_fused_tests),
+    Mutant(
+        "a graph's offset is that of its memory",
+        FUSED,
+        "stream.offset += uint64_t",
+        "stream.offset = uint64_t",
+        by_fused_tests,
+    ),
+    Mutant("bits of what is dropped", FUSED, "keep = keep && random_of", "keep = random_of", by_fused_tests),
+    Mutant("bits of another vector", FUSED, "loaded.bits >> element % 8 >> j", "loaded.bits >> j", by_fused_tests),
+    Mutant(
+        "the sums' gradients are not masked",
+        FUSED,
+        "totals[0][j] += widen(one);",
+        "totals[0][j] += widen(loaded.grad.lane[j]);",
+        by_fused_tests,
+    ),
+    Mutant(
+        "a residual's gradient is scaled",
+        FUSED,
+        "work.grad_residual + part.element(k), part.count(k), masked[k]",
+        "work.grad_residual + part.element(k), part.count(k), grads[k]",
+        by_fused_tests,
+    ),
+    Mutant(
+        "a residual's gradient beside sums is scaled",
+        FUSED,
+        "(grad_residual + element, count, masked)",
+        "(grad_residual + element, count, loaded.grad)",
+        by_fused_tests,
+    ),
+    Mutant("loads behind arithmetic", FUSED, "    __syncwarp();  //", "    //", by_machine_code),
     Mutant(
         "gated stores of 32 bits",
         "cuda/gated.cu",
@@ -215,7 +278,7 @@ MUTANTS = [
         "Tile<256, 2>",
         by_machine_code,
     ),
-    Mutant("too few registers", KERNELS, "blocks = 1024 / threads_", "blocks = 2048 / threads_", by_machine_code),
+    Mutant("too few registers", KERNELS, "blocks_ = 1024 / threads_", "blocks_ = 2048 / threads_", by_machine_code),
 ]
 
 

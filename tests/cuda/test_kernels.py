@@ -11,6 +11,9 @@ import pytest
 from kernels import (
     ACTIVATIONS,
     DTYPES,
+    Dropout,
+    Fused,
+    FusedBackward,
     Gated,
     GatedBackward,
     Kernels,
@@ -19,6 +22,7 @@ from kernels import (
     PreluBackward,
     Range,
     Rows,
+    Stream,
     build_library,
     names_of,
     rectified,
@@ -522,9 +526,7 @@ def run_prelu_gradients(dtype, shape, grad, input, weight, output, grad_weight):
     """By one kernel, or two where sums are wanted."""
     work = prelu_work(PreluBackward, dtype, shape, grad, input, None, weight, output, grad_weight)
     numel, before = len(grad.elements), KERNELS.launches
-    workspace = unwritten(
-        KERNELS.prelu_workspace(work, numel) // np.dtype(dtype.arithmetic).itemsize, dtype_of_sums(dtype), 0
-    )
+    workspace = Memory.unwritten(KERNELS.workspace("prelu", work, numel), np.uint8)
     assert KERNELS.prelu_backward(work, numel, workspace.address, STREAM) == 0
     assert KERNELS.launches - before == (1 if grad_weight is None else 2)
     assert KERNELS.last_launch.stream == STREAM
@@ -532,26 +534,25 @@ def run_prelu_gradients(dtype, shape, grad, input, weight, output, grad_weight):
     assert all(memory is None or memory.intact() for memory in memories)
 
 
-def dtype_of_sums(dtype):
-    return DTYPES[0] if dtype.arithmetic is np.float32 else DTYPES[1]
-
-
 # Of a sum: up to 64 items of a thread, 7 additions between lanes, 8 between threads, and one for the product; the parts
 # are joined in float64. Each rounding is at most half a unit in the last place of the sum of magnitudes.
 MOST_ROUNDINGS = 64 + 7 + 8 + 1
 
 
-def assert_sums(dtype, shape, grad, input, ours):
-    with np.errstate(all="ignore"):
-        terms = widened(dtype, grad).astype(np.longdouble) * widened(dtype, input)
-    terms = np.where(is_positive(dtype, input), 0, terms)
-    channel = channel_of(shape, np.arange(len(grad)))
+def assert_sums(dtype, shape, terms, ours):
+    """terms: long double, one an element."""
+    channel = channel_of(shape, np.arange(len(terms)))
     exact, magnitude = np.zeros(shape[1], np.longdouble), np.zeros(shape[1], np.longdouble)
     np.add.at(exact, channel, terms)
     np.add.at(magnitude, channel, abs(terms))
     off = MOST_ROUNDINGS * np.finfo(dtype.arithmetic).eps / 2 * magnitude
     wrong = Range(exact - off, exact + off).wrong(dtype, ours)
     assert not wrong.any(), (dtype.values(ours)[wrong], exact[wrong], off[wrong])
+
+
+def slope_terms(dtype, grad, input):
+    terms = widened(dtype, grad).astype(np.longdouble) * widened(dtype, input)
+    return np.where(is_positive(dtype, input), 0, terms)
 
 
 def check_prelu_gradients(dtype, shape, at=0, other_at=0, make=normal_elements):
@@ -579,7 +580,7 @@ def check_prelu_gradients(dtype, shape, at=0, other_at=0, make=normal_elements):
     assert_same(grad_weight.elements, sums[0])
     assert_same(input.elements, elements[1])
     if make is normal_elements:
-        assert_sums(dtype, shape, *elements, sums[0])
+        assert_sums(dtype, shape, slope_terms(dtype, *elements), sums[0])
     return sums[0]
 
 
@@ -623,7 +624,7 @@ def test_prelu_sums_of_many(shape):
     grad, input = map(Memory, elements)
     weight, grad_weight = unwritten(shape[1], dtype, 0), unwritten(shape[1], dtype, 0)
     run_prelu_gradients(dtype, shape, grad, input, weight, None, grad_weight)
-    assert_sums(dtype, shape, *elements, grad_weight.elements)
+    assert_sums(dtype, shape, slope_terms(dtype, *elements), grad_weight.elements)
 
 
 @pytest.mark.parametrize("place", [0, 77, -1])
@@ -644,7 +645,7 @@ def test_prelu_of_nothing(dtype):
     weight, grad_weight = Memory(normal_elements(3, dtype, 0)), unwritten(3, dtype, 0)
     launch_once(launcher("prelu"), prelu_work(Prelu, dtype, shape, none, weight, none, None), 0)
     work = prelu_work(PreluBackward, dtype, shape, none, none, None, weight, none, grad_weight)
-    assert KERNELS.prelu_workspace(work, 0) == 0
+    assert KERNELS.workspace("prelu", work, 0) == 0
     assert KERNELS.prelu_backward(work, 0, None, STREAM) == 0
     assert not grad_weight.elements.any()
 
@@ -687,3 +688,439 @@ def test_prelu_more_than_2_to_the_32_elements(dtype, channels):
         items = -(-numel // unit)
         part = -(-items // KERNELS.last_launch.grid.x)
         check(lambda: KERNELS.prelu_backward(both, numel, None, STREAM), part * unit)
+
+
+# An activation fused with its neighbours: relu, with shapes as for prelu
+
+PARTS = [("scale", "shift", "residual"), ("scale", "shift"), ("shift",), ("residual",)]
+FUSED_SHAPES = [
+    *[(1, 1, 1), (1, 1, 4097), (5, 1, 40), (3, 2, 64), (2, 3, 4100)],  # one channel to a vector
+    *[(37, 24, 1), (129, 264, 1), (3, 520, 1)],  # consecutive channels
+    *[(700, 3, 1), (90, 8, 4), (11, 5, 7), (13, 5, 49)],  # any
+]
+RELU = ACTIVATIONS[0]
+
+
+def address(memory):
+    return memory and memory.address
+
+
+def fused_work(dtype, shape, *, input, output, scale=None, shift=None, residual=None, dropout=None, bits=None):
+    operands = map(address, (input, scale, shift, residual))
+    targets = map(address, (output, bits))
+    return Fused(RELU.code, RELU.scalars, dtype.code, *shape[1:], *operands, dropout or Dropout(), *targets)
+
+
+def sum_of_parts(dtype, shape, elements):
+    """The two ends of what relu may be given, in `arithmetic`: one number where only one rounding is made.
+
+    input * scale + shift may be rounded once or twice.
+    """
+    X, channel = dtype.arithmetic, channel_of(shape, np.arange(len(elements["input"])))
+    values = {name: widened(dtype, given) for name, given in elements.items()}
+    ends = [values["input"]] * 2
+    with np.errstate(all="ignore"):
+        shift = values["shift"][channel] if "shift" in values else X(0)
+        if "scale" in values:
+            product = values["input"].astype(np.longdouble) * values["scale"][channel]
+            off = abs(product) * np.finfo(X).eps / 2 * 1.01 + np.finfo(X).smallest_subnormal
+            ends = [(product + sign * np.where(np.isfinite(off), off, 0) + shift).astype(X) for sign in (-1, 1)]
+        elif "shift" in values:
+            ends = [end + shift for end in ends]
+        if "residual" in values:
+            ends = [end + values["residual"] for end in ends]
+    return ends
+
+
+def check_fused(dtype, shape, elements, at=None, in_place=None):
+    """With bits and without. at: how many bytes past a multiple of 16 the memory of a name is."""
+    at, numel = at or {}, len(elements["input"])
+    low, high = sum_of_parts(dtype, shape, elements)
+    for bits in (None, unwritten_bits(numel, at.get("bits", 0))):
+        memories = {name: Memory(given, at.get(name, 0)) for name, given in elements.items()}
+        output = memories[in_place] if in_place else unwritten(numel, dtype, at.get("output", 0))
+        launch_once(launcher("fused"), fused_work(dtype, shape, **memories, output=output, bits=bits), numel)
+        if "scale" in elements:
+            wrong = Range(rectified(low), rectified(high)).wrong(dtype, output.elements)
+            assert not wrong.any(), (dtype.values(output.elements)[wrong], low[wrong], high[wrong])
+        else:
+            with np.errstate(over="ignore"):
+                assert_numbers(output.elements, dtype.elements(rectified(low)), dtype)
+        if bits:
+            assert_same(bits.elements, np.packbits(kept(RELU, dtype, output.elements), bitorder="little"))
+        assert all(memory is None or memory.intact() for memory in (*memories.values(), output, bits))
+        for name, given in elements.items():
+            if name != in_place:
+                assert_same(memories[name].elements, given)
+
+
+def unwritten_bits(numel, at=0):
+    return Memory.unwritten((numel + 7) // 8, np.uint8, at)
+
+
+def fused_elements(dtype, shape, parts, make=random_elements):
+    """Those of the channels are ordinary numbers, so that what is special of the others is not lost in them."""
+    numel = int(np.prod(shape))
+    elements = {"input": make(numel, dtype, 0)}
+    for seed, name in enumerate(parts, 1):
+        elements[name] = make(numel, dtype, seed) if name == "residual" else normal_elements(shape[1], dtype, seed)
+    return elements
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
+def test_fused(dtype, shape, parts):
+    check_fused(dtype, shape, fused_elements(dtype, shape, parts))
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+def test_fused_numbers_near_each_other(dtype, parts):
+    """Whose sum may be 0 or next to it."""
+    shape = (50, 24, 1)
+    elements = fused_elements(dtype, shape, parts, normal_elements)
+    others = elements["residual"] if "residual" in parts else elements["shift"][channel_of(shape, np.arange(1200))]
+    elements["input"][::3] = others[::3] ^ dtype.word(dtype.sign)
+    check_fused(dtype, shape, elements)
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("parts", [PARTS[0], PARTS[3]], ids="+".join)
+def test_fused_in_every_order(dtype, parts):
+    check_fused(dtype, (9, 264, 1), fused_elements(dtype, (9, 264, 1), parts))
+
+
+def lengths_at_edges(dtype, vectors):
+    """Of blocks with so many vectors a thread, and of what is smaller."""
+    lanes = VECTOR // dtype.bytes
+    block = 256 * vectors * lanes
+    around = [*range(-2, 3), -lanes, lanes + 1, 33 * lanes - 1]
+    return [*range(1, 2 * VECTOR, 3), *(blocks * block + beside for blocks in (1, 2) for beside in around)]
+
+
+@pytest.mark.parametrize("parts", [("shift",), ("residual",)], ids="+".join)
+def test_fused_lengths(dtype, parts):
+    for count in lengths_at_edges(dtype, 4 if dtype.bytes == 8 else 2):
+        check_fused(dtype, (1, 1, count), fused_elements(dtype, (1, 1, count), parts))
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+def test_fused_pointers_at_any_element(dtype, parts):
+    for shape in [(30, 24, 1), (3, 2, 64)]:
+        elements = fused_elements(dtype, shape, parts)
+        for name in (*elements, "output", "bits"):
+            check_fused(dtype, shape, elements, {name: 1 if name == "bits" else dtype.bytes})
+        for in_place in {"input", "residual"} & set(elements):
+            check_fused(dtype, shape, elements, in_place=in_place)
+
+
+def philox(seed, offset, groups):
+    """Philox4x32-10: four words a group."""
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    groups = np.asarray(groups, np.uint64)
+    counter = [
+        groups & low,
+        groups >> shift,
+        *(np.full_like(groups, half) for half in (offset & 0xFFFFFFFF, offset >> 32)),
+    ]
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        first, second = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        left = (second >> shift) ^ counter[1] ^ np.uint64(key[0])
+        right = (first >> shift) ^ counter[3] ^ np.uint64(key[1])
+        counter = [left, second & low, right, first & low]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(counter, axis=-1).astype(np.uint32)
+
+
+@pytest.mark.parametrize(
+    "seed, offset, group, words",
+    [
+        (0, 0, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (2**64 - 1, 2**64 - 1, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_is_the_published_one(seed, offset, group, words):
+    """The known answers of its authors' library, Random123."""
+    assert_same(philox(seed, offset, [group])[0], np.array([int(word, 16) for word in words.split()], np.uint32))
+
+
+def random_numbers(seed, offset, first, count):
+    """Of elements first to first + count - 1; first is a multiple of 8."""
+    return philox(seed, offset, np.arange(first // 8, (first + count + 7) // 8)).view(np.uint16).reshape(-1)[:count]
+
+
+def dropped(dtype, elements, keep, factor):
+    with np.errstate(all="ignore"):
+        scaled = dtype.elements(widened(dtype, elements) * dtype.arithmetic(factor))
+    return np.where(keep, scaled, dtype.word(0))
+
+
+def check_dropout(dtype, elements, seed, offset, last, factor, at=None, captured=False, in_place=False):
+    at, count = at or {}, len(elements)
+    keep = kept(RELU, dtype, elements) & (random_numbers(seed, offset, 0, count) <= last)
+    cells = [Memory(np.array([number], np.int64)) for number in (seed, 3)]
+    stream = Stream(99, offset - 3, *map(address, cells)) if captured else Stream(seed, offset)
+    for bits in (None, unwritten_bits(count, at.get("bits", 0))):
+        input = Memory(elements, at.get("input", 0))
+        output = input if in_place else unwritten(count, dtype, at.get("output", 0))
+        dropout = Dropout(stream, last, factor)
+        work = fused_work(dtype, (0, 0, 0), input=input, output=output, dropout=dropout, bits=bits)
+        launch_once(launcher("fused"), work, count)
+        assert_numbers(output.elements, dropped(dtype, elements, keep, factor), dtype)
+        if bits:
+            assert_same(bits.elements, np.packbits(keep, bitorder="little"))
+        assert all(memory is None or memory.intact() for memory in (input, output, bits))
+
+
+SEED, OFFSET = 0x1234_5678_9ABC_DEF1, 0x3_0000_0004
+
+
+@pytest.mark.parametrize("last, factor", [(0, 65536.0), (0x7FFF, 2.0), (0xE665, 1 / 0.9), (0xFFFF, 1.0)])
+def test_dropout(dtype, last, factor):
+    """Of any bit patterns; what is dropped is 0, infinities and NaN too."""
+    elements = random_elements(5001, dtype)
+    for captured in (False, True):
+        check_dropout(dtype, elements, SEED, OFFSET, last, factor, captured=captured)
+
+
+def test_dropout_keeps_the_last_number(dtype):
+    elements = normal_elements(64, dtype, 0)
+    places = np.flatnonzero(kept(RELU, dtype, elements))[:8]
+    for number in random_numbers(SEED, OFFSET, 0, 64)[places]:
+        check_dropout(dtype, elements, SEED, OFFSET, int(number), 1.5)
+
+
+@pytest.mark.usefixtures("order")
+def test_dropout_in_every_order(dtype):
+    check_dropout(dtype, random_elements(5001, dtype), 7, 0, 0x7FFF, 2.0)
+
+
+def test_dropout_lengths_and_places(dtype):
+    for count in lengths_at_edges(dtype, 4 if dtype.bytes == 8 else 2):
+        check_dropout(dtype, random_elements(count, dtype), 7, 0, 0x7FFF, 2.0)
+    elements = random_elements(3001, dtype)
+    for name in ("input", "output", "bits"):
+        check_dropout(dtype, elements, 7, 0, 0x7FFF, 2.0, {name: 1 if name == "bits" else dtype.bytes}, True)
+    check_dropout(dtype, elements, 7, 0, 0x7FFF, 2.0, in_place=True)
+
+
+def masked_gradient(dtype, grad, keep, factor=0.0):
+    return dropped(dtype, grad, keep, factor) if factor else np.where(keep, grad, dtype.word(0))
+
+
+def times(dtype, elements, factors):
+    with np.errstate(all="ignore"):
+        return dtype.elements(widened(dtype, elements) * widened(dtype, factors))
+
+
+def run_fused_gradients(dtype, shape, kept_as, numel, factor=0.0, **memories):
+    """By one kernel, or two where sums are wanted, or none."""
+    names = ["grad", "kept", "input", "scale", "factor", "grad_input", "grad_residual", "grad_scale", "grad_shift"]
+    values = [factor if name == "factor" else address(memories.get(name)) for name in names]
+    how = names_of("Kept").index(kept_as)
+    work = FusedBackward(RELU.code, RELU.scalars, dtype.code, *shape[1:], how, *values)
+    workspace = Memory.unwritten(KERNELS.workspace("fused", work, numel), np.uint8)
+    before = KERNELS.launches
+    assert KERNELS.launch_sums("fused", work, numel, workspace.address, STREAM) == 0
+    elementwise = any(memories.get(name) for name in ("grad_input", "grad_residual")) and numel > 0
+    sums = any(memories.get(name) for name in ("grad_scale", "grad_shift"))
+    assert KERNELS.launches - before == ((1 + (numel > 0)) if sums else elementwise)
+    assert (not sums and not elementwise) or KERNELS.last_launch.stream == STREAM
+    assert workspace.intact() and all(memory.intact() for memory in memories.values())
+
+
+ALL_GRADIENTS = ("grad_input", "grad_residual", "grad_scale", "grad_shift")
+# With a scale, and without.
+WANTED = [
+    *[
+        (True, ALL_GRADIENTS),
+        (True, ("grad_input", "grad_scale", "grad_shift")),
+        (True, ("grad_input", "grad_residual")),
+    ],
+    *[
+        (True, ("grad_input",)),
+        (True, ("grad_residual",)),
+        (True, ("grad_scale",)),
+        (True, ("grad_residual", "grad_shift")),
+    ],
+    *[(False, ("grad_input", "grad_shift")), (False, ("grad_input",)), (False, ("grad_shift",))],
+]
+
+
+class Gradients:
+    """What backward is given, and what it must give for it."""
+
+    def __init__(self, dtype, shape, kept_as, make=normal_elements, factor=0.0):
+        self.dtype, self.shape, self.kept_as, self.factor = dtype, shape, kept_as, factor
+        numel = int(np.prod(shape))
+        self.grad, self.input = (make(numel, dtype, seed) for seed in range(2))
+        self.scale = normal_elements(shape[1], dtype, 2)
+        self.kept = random_bits(numel) if kept_as == "bits" else make(numel, dtype, 3)
+        keep = unpacked(self.kept, numel) if kept_as == "bits" else kept(RELU, dtype, self.kept)
+        self.masked = masked_gradient(dtype, self.grad, keep, factor)
+        self.scaled = times(dtype, self.masked, self.scale[channel_of(shape, np.arange(numel))])
+
+    def run(self, wanted, with_scale, at=None, in_place=None):
+        """The elements of what is wanted. at: as for check_fused."""
+        at, numel = at or {}, len(self.grad)
+        given = {"grad": self.grad, "kept": self.kept}
+        if with_scale and "grad_input" in wanted:
+            given["scale"] = self.scale
+        if "grad_scale" in wanted:
+            given["input"] = self.input
+        memories = {name: Memory(elements, at.get(name, 0)) for name, elements in given.items()}
+        for name in wanted:
+            count = self.shape[1] if name in ("grad_scale", "grad_shift") else numel
+            memories[name] = memories["grad"] if name == in_place else unwritten(count, self.dtype, at.get(name, 0))
+        run_fused_gradients(self.dtype, self.shape, self.kept_as, numel, self.factor, **memories)
+        for name, elements in given.items():
+            if not (in_place and name == "grad"):
+                assert_same(memories[name].elements, elements)
+        return {name: memories[name].elements.copy() for name in wanted}
+
+    def check(self, wanted, with_scale, at=None, in_place=None):
+        """Returns the sums, of which no more is asked than that they are near."""
+        got = self.run(wanted, with_scale, at, in_place)
+        for name, elements in got.items():
+            if name in ("grad_input", "grad_residual"):
+                right = self.scaled if with_scale and name == "grad_input" else self.masked
+                assert_numbers(elements, right, self.dtype)
+        return {name: got[name] for name in got if name in ("grad_scale", "grad_shift")}
+
+    def check_sums(self, sums):
+        masked = widened(self.dtype, self.masked).astype(np.longdouble)
+        terms = {"grad_shift": masked, "grad_scale": masked * widened(self.dtype, self.input)}
+        for name, ours in sums.items():
+            assert_sums(self.dtype, self.shape, terms[name], ours)
+
+
+@pytest.fixture(params=["bits", "output"])
+def kept_as(request):
+    return request.param
+
+
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
+def test_fused_gradients(dtype, shape, kept_as, monkeypatch):
+    """Whatever is wanted; the bits of sums whatever else is, in whatever order threads run, wherever the memory is."""
+    gradients, sums = Gradients(dtype, shape, kept_as), {}
+
+    def same_sums(others):
+        for name, elements in others.items():
+            assert_same(elements, sums.setdefault(name, elements))
+
+    for with_scale, wanted in WANTED:
+        same_sums(gradients.check(wanted, with_scale))
+    gradients.check_sums(sums)
+    for order in "17":
+        monkeypatch.setenv("EMULATOR_ORDER", order)
+        same_sums(gradients.check(ALL_GRADIENTS, True))
+    monkeypatch.undo()
+    same_sums(gradients.check(ALL_GRADIENTS, True, in_place="grad_input"))
+    same_sums(gradients.check(ALL_GRADIENTS, True, in_place="grad_residual"))
+    for name in ("grad", "grad_residual"):
+        same_sums(gradients.check(ALL_GRADIENTS, True, {name: dtype.bytes}))
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 40), (37, 24, 1), (11, 5, 7), (13, 5, 49)], ids=str)
+def test_fused_gradients_of_any_number(dtype, shape, kept_as):
+    gradients = Gradients(dtype, shape, kept_as, random_elements)
+    for with_scale, wanted in WANTED:
+        gradients.check(wanted, with_scale)
+
+
+def test_fused_gradients_at_any_element(dtype, kept_as):
+    for shape in [(30, 24, 1), (3, 2, 64)]:
+        gradients = Gradients(dtype, shape, kept_as)
+        for wanted in (("grad_input", "grad_residual"), ALL_GRADIENTS):
+            for name in ("grad", "kept", "input", "scale", *wanted):
+                by = 1 if name == "kept" and kept_as == "bits" else dtype.bytes
+                gradients.check(wanted, True, {name: by})
+        for in_place in ("grad_input", "grad_residual"):
+            gradients.check(("grad_input", "grad_residual"), True, in_place=in_place)
+        gradients.check(("grad_input",), False, in_place="grad_input")
+
+
+def test_fused_gradients_lengths(dtype, kept_as):
+    for count in lengths_at_edges(dtype, 2):
+        for factor in (0.0, 1 / 0.7):
+            gradients = Gradients(dtype, (1, 1, count), kept_as, random_elements, factor)
+            gradients.check(("grad_input",), False)
+    gradients.check(("grad_input",), False, {"grad": dtype.bytes})
+    gradients.check(("grad_input",), False, in_place="grad_input")
+
+
+@pytest.mark.parametrize("place", [0, 77, -1])
+@pytest.mark.parametrize("shape", [(1, 1, 5000), (137, 24, 1), (70, 5, 31)], ids=str)
+def test_fused_nan_reaches_the_sums_of_its_channel(dtype, shape, place):
+    gradients = Gradients(dtype, shape, "bits")
+    gradients.kept = np.full_like(gradients.kept, 0xFF)
+    gradients.grad[place] = dtype.infinity + 1
+    got = gradients.run(ALL_GRADIENTS, True)
+    is_its = np.arange(shape[1]) == channel_of(shape, place % len(gradients.grad))
+    for name in ("grad_scale", "grad_shift"):
+        assert_same(np.isnan(dtype.values(got[name])), is_its)
+
+
+@pytest.mark.parametrize("shape", [(2**18 + 5, 8, 1), (1, 1, 2**21 + 3), (3, 2, 2**18 + 1)], ids=str)
+def test_fused_sums_of_many(shape):
+    dtype = next(dtype for dtype in DTYPES if dtype.name == "float16")
+    gradients = Gradients(dtype, shape, "bits")
+    gradients.check_sums(gradients.run(("grad_scale", "grad_shift"), False))
+
+
+def test_fused_of_nothing(dtype, kept_as):
+    """No elements: nothing but sums of 0, whatever the channels."""
+    none = unwritten(0, dtype, 0)
+    for shape in [(0, 3, 1), (2, 3, 0), (0, 3, 4)]:
+        launch_once(launcher("fused"), fused_work(dtype, shape, input=none, residual=none, output=none), 0)
+        sums = {name: unwritten(3, dtype, 0) for name in ("grad_scale", "grad_shift")}
+        run_fused_gradients(dtype, shape, kept_as, 0, grad=none, kept=none, input=none, grad_input=none, **sums)
+        assert not any(memory.elements.any() for memory in sums.values())
+    run_fused_gradients(dtype, (1, 1, 1), kept_as, 0, grad=none, kept=none, grad_input=none)
+    run_fused_gradients(dtype, (1, 1, 1), kept_as, 1, grad=none, kept=none)
+
+
+@pytest.mark.parametrize("what", ["scale", "dropout"])
+def test_fused_more_than_2_to_the_32_elements(dtype, what):
+    lanes = VECTOR // dtype.bytes
+    numel = 2**32 + 9 * 256
+    shape = (numel // 256, 256, 1)
+
+    def spans_of(per_block):
+        blocks = sorted({element // per_block for element in (0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, numel - 1)})
+        return blocks, [slice(block * per_block, min((block + 1) * per_block, numel)) for block in blocks]
+
+    input, output = (Reserved(numel, dtype.word) for _ in range(2))
+    bits = Reserved((numel + 7) // 8, np.uint8)
+    vectors = {name: Memory(normal_elements(256, dtype, seed)) for seed, name in enumerate(("scale", "shift"))}
+    operands = vectors if what == "scale" else {"dropout": Dropout(Stream(SEED, OFFSET), 0x7FFF, 2.0)}
+    blocks, spans = spans_of(256 * lanes * (4 if dtype.bytes == 8 else 2))
+    for span in spans:
+        input.elements[span] = normal_elements(span.stop - span.start, dtype, span.start)
+    with KERNELS.only_blocks(blocks):
+        launch_once(
+            launcher("fused"), fused_work(dtype, shape, input=input, output=output, bits=bits, **operands), numel
+        )
+    for span in spans:
+        elements, got = input.elements[span], output.elements[span]
+        if what == "scale":  # a span begins with the first channel
+            of_vectors = {name: memory.elements for name, memory in vectors.items()}
+            ends = sum_of_parts(dtype, shape, {"input": elements, **of_vectors})
+            assert not Range(*map(rectified, ends)).wrong(dtype, got).any()
+        else:
+            drawn = random_numbers(SEED, OFFSET, span.start, len(elements))
+            keep = kept(RELU, dtype, elements) & (drawn <= 0x7FFF)
+            assert_numbers(got, dropped(dtype, elements, keep, 2.0), dtype)
+        assert_same(unpacked(bits.elements[bytes_of(span)], len(elements)), kept(RELU, dtype, got))
+    blocks, spans = spans_of(256 * 2 * lanes)
+    works = {"scale": {"scale": vectors["scale"]}, "dropout": {"factor": 2.0}}
+    with KERNELS.only_blocks(blocks):
+        grads = {"grad": input, "kept": bits, "grad_input": output}
+        run_fused_gradients(dtype, shape, "bits", numel, **grads, **works[what])
+    for span in spans:
+        keep = unpacked(bits.elements[bytes_of(span)], span.stop - span.start)
+        right = masked_gradient(dtype, input.elements[span], keep, 0.0 if what == "scale" else 2.0)
+        if what == "scale":
+            right = times(dtype, right, np.resize(vectors["scale"].elements, len(right)))
+        assert_numbers(output.elements[span], right, dtype)

@@ -30,7 +30,7 @@ def extension(name: str, sources: list[Path | str], flags: list[str]) -> CppExte
     return CppExtension(
         name,
         [str(ROOT / source) for source in sources],
-        include_dirs=[str(HERE / "runtime"), str(HERE.parent / "emulator")],
+        include_dirs=[str(HERE / "runtime"), str(HERE.parent / "emulator"), str(ROOT / "csrc")],
         define_macros=[("RELU_EXT_CUDA", None), ("C10_CUDA_NO_CMAKE_CONFIGURE_FILE", None)],
         extra_compile_args={"cxx": [*flags, *EMULATED], "nvcc": []},
         extra_link_args=["-fopenmp", f"-Wl,-rpath,{Path(torch.__file__).parent / 'lib'}"],
@@ -50,11 +50,13 @@ def build(folder: Path) -> None:
     project = setup_py()
     project.Build.choice = project.Choice("emulated", None, "CUDA kernels on the CPU.")
     link_python(folder / "relu_ext")
+    replaced = ROOT / "csrc" / "cuda" / "random.cpp"
+    sources = [source for source in project.sources("*.cpp") if ROOT / source != replaced]
     command = project.Build(
         Distribution(
             {
                 "ext_modules": [
-                    extension("relu_ext._C", [*project.sources("*.cpp"), HERE / "kernels.cpp"], project.FLAGS),
+                    extension("relu_ext._C", [*sources, HERE / "kernels.cpp", HERE / "random.cpp"], project.FLAGS),
                     extension("_device", [HERE / "device.cpp", HERE / "fallback.cpp"], project.FLAGS),
                 ]
             }

@@ -15,6 +15,7 @@ inline constexpr auto cudaLaunchKernel = [](auto kernel, dim3 grid, dim3 block, 
 
 }  // namespace relu_ext::cuda
 
+#include "../../../csrc/cuda/fused.cu"
 #include "../../../csrc/cuda/gated.cu"
 #include "../../../csrc/cuda/kernels.cu"
 #include "../../../csrc/cuda/prelu.cu"
