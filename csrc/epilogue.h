@@ -1,5 +1,7 @@
 // What surrounds an activation in a network: drop(act(input * scale + shift + residual)). No torch.
 #pragma once
+#include <utility>
+
 #include "activations.h"
 #include "kernels.h"
 
@@ -65,25 +67,31 @@ RELU_EXT_INLINE void multiply(uint32_t a, uint32_t multiplier, uint32_t& high, u
 RELU_EXT_INLINE uint32_t mix(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
 }  // namespace philox
 
-// counter: low half first, of the group and of the offset.
 template <class W>
-RELU_EXT_INLINE void random_block(uint64_t seed, const W (&counter)[4], Words<W>& block) {
+RELU_EXT_INLINE void philox_round(W& a, W& b, W& c, W& d, uint32_t key_0, uint32_t key_1) {
   using philox::mix;  // or those of W's own namespace
   using philox::multiply;
+  W high_a, low_a, high_c, low_c;
+  multiply(a, philox::multiplier_0, high_a, low_a);
+  multiply(c, philox::multiplier_1, high_c, low_c);
+  a = mix(high_c, b, key_0);
+  c = mix(high_a, d, key_1);
+  b = low_c;
+  d = low_a;
+}
+// counter: low half first, of the group and of the offset. Unrolled: in a loop g++ moves all that a round exchanges.
+template <class W, size_t... round>
+RELU_EXT_INLINE void random_block(uint64_t seed, const W (&counter)[4], Words<W>& block,
+                                  std::index_sequence<round...>) {
   W a = counter[0], b = counter[1], c = counter[2], d = counter[3];
-  uint32_t key_0 = uint32_t(seed), key_1 = uint32_t(seed >> 32);
-  for (int round = 0; round < philox::rounds; ++round) {
-    W high_a, low_a, high_c, low_c;
-    multiply(a, philox::multiplier_0, high_a, low_a);
-    multiply(c, philox::multiplier_1, high_c, low_c);
-    a = mix(high_c, b, key_0);
-    c = mix(high_a, d, key_1);
-    b = low_c;
-    d = low_a;
-    key_0 += philox::weyl_0;
-    key_1 += philox::weyl_1;
-  }
+  (philox_round(a, b, c, d, uint32_t(seed) + uint32_t(round) * philox::weyl_0,
+                uint32_t(seed >> 32) + uint32_t(round) * philox::weyl_1),
+   ...);
   block = {{a, b, c, d}};
+}
+template <class W>
+RELU_EXT_INLINE void random_block(uint64_t seed, const W (&counter)[4], Words<W>& block) {
+  random_block(seed, counter, block, std::make_index_sequence<philox::rounds>{});
 }
 // group: of eight elements.
 RELU_EXT_INLINE Block random_block(uint64_t seed, uint64_t offset, uint64_t group) {

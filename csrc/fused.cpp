@@ -141,10 +141,10 @@ variable_list backward(const Keeping& keeping, const Tensor& grad, const Kepts& 
   const Places places = places_of(keeping.bound.operation->beside);
   const auto stride = C10_AS_INTARRAYREF_SLOW(keeping.stride);
   const auto needed = [&](size_t place) { return place && needs[place]; };
-  const bool masked_is_wanted = needs[0] || needed(places.residual);
   variable_list gradients(most_inputs);
   if (!places.scale && !needed(places.shift)) {
-    const Tensor masked = masked_is_wanted ? launch::backward(keeping.bound, grad, kept.bits, stride) : Tensor();
+    const bool wanted = needs[0] || needed(places.residual);
+    const Tensor masked = wanted ? launch::backward(keeping.bound, grad, kept.bits, stride) : Tensor();
     if (needs[0]) gradients[0] = masked;
     if (needed(places.residual)) gradients[places.residual] = masked;
     return gradients;
@@ -155,7 +155,7 @@ variable_list backward(const Keeping& keeping, const Tensor& grad, const Kepts& 
   const auto vector = [&] {
     return backend.empty({grad.size(keeping.dim)}, grad.scalar_type(), at::MemoryFormat::Contiguous);
   };
-  if (places.scale ? needs[0] : masked_is_wanted) gradients[0] = like_grad();
+  if (needs[0]) gradients[0] = like_grad();  // without scale or residual it is the masked one
   if (places.scale && needed(places.residual)) gradients[places.residual] = like_grad();
   if (needed(places.scale)) gradients[places.scale] = vector();
   if (needed(places.shift)) gradients[places.shift] = vector();

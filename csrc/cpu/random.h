@@ -7,14 +7,16 @@
 
 namespace relu_ext::cpu {
 
-// The words of so many groups of eight elements, in any instruction set.
+// A byte for each of so many groups of eight elements: its bits are those of the elements whose number is at most
+// `last`. The first group is a multiple of 8.
 template <Isa>
 struct Random {
   static constexpr int groups = 8;
-  static void words(const Stream& stream, uint64_t group, uint32_t (&word)[4][groups]) {
+  static void draw(const Stream& stream, uint64_t group, uint16_t last, uint8_t* drawn) {
     for (int g = 0; g < groups; ++g) {
-      const Block block = random_block(stream.seed, stream.offset, group + g);
-      for (int k = 0; k < 4; ++k) word[k][g] = block.word[k];
+      const Block block = random_block(stream.seed, stream.offset, group + uint64_t(g));
+      drawn[g] = 0;
+      for (int i = 0; i < 8; ++i) drawn[g] |= uint8_t((random_of(block, i) <= last) << i);
     }
   }
 };
@@ -22,42 +24,63 @@ struct Random {
 #if defined(__x86_64__)
 namespace avx2 {
 
-// g++ 12 makes twice as many instructions of the products' halves.
+// Two vectors, step by step side by side, hide each other's latency. By hand, because g++ 12 makes twice as many
+// instructions of the products' halves.
+constexpr int vectors = 2, lanes = 8;
 struct Lanes {
-  __m256i words;
+  __m256i words[vectors];
 };
 [[gnu::target("avx2")]] inline void multiply(const Lanes& a, uint32_t multiplier, Lanes& high, Lanes& low) {
   const __m256i by = _mm256_set1_epi32(int(multiplier));
-  const __m256i even = _mm256_mul_epu32(a.words, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.words, 32), by);
-  high.words = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0b10101010);
-  low.words = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0b10101010);
+  for (int i = 0; i < vectors; ++i) {
+    const __m256i even = _mm256_mul_epu32(a.words[i], by);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.words[i], 32), by);
+    high.words[i] = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0b10101010);
+    low.words[i] = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0b10101010);
+  }
 }
 [[gnu::target("avx2")]] inline Lanes mix(const Lanes& a, const Lanes& b, uint32_t key) {
-  return {_mm256_xor_si256(_mm256_xor_si256(a.words, b.words), _mm256_set1_epi32(int(key)))};
+  Lanes mixed;
+  for (int i = 0; i < vectors; ++i)
+    mixed.words[i] = _mm256_xor_si256(_mm256_xor_si256(a.words[i], b.words[i]), _mm256_set1_epi32(int(key)));
+  return mixed;
+}
+[[gnu::target("avx2")]] inline Lanes same(uint32_t word) {
+  return {{_mm256_set1_epi32(int(word)), _mm256_set1_epi32(int(word))}};
+}
+// group is a multiple of 8: no lane's number carries into the upper half.
+[[gnu::target("avx2")]] inline Lanes numbered(uint64_t group) {
+  const __m256i number = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return {{_mm256_or_si256(_mm256_set1_epi32(int(group)), number),
+           _mm256_or_si256(_mm256_set1_epi32(int(group + lanes)), number)}};
+}
+[[gnu::target("avx2")]] inline Lanes upper(uint64_t group) {
+  return {{_mm256_set1_epi32(int(group >> 32)), _mm256_set1_epi32(int((group + lanes) >> 32))}};
 }
 
 }  // namespace avx2
 
 template <>
 struct Random<Isa::avx2> {
-  // Four vectors under way hide each other's latency: 0.6 of the time of one.
-  static constexpr int vectors = 4, lanes = 8, groups = vectors * lanes;
-  [[gnu::target("avx2")]] static void words(const Stream& stream, uint64_t group, uint32_t (&word)[4][groups]) {
-#pragma GCC unroll 4
-    for (int first = 0; first < groups; first += lanes) {
-      alignas(32) uint32_t counters[4][lanes];
-      for (int g = 0; g < lanes; ++g) {
-        const uint64_t own = group + uint64_t(first + g);
-        counters[0][g] = uint32_t(own);
-        counters[1][g] = uint32_t(own >> 32);
-        counters[2][g] = uint32_t(stream.offset);
-        counters[3][g] = uint32_t(stream.offset >> 32);
+  static constexpr int groups = avx2::vectors * avx2::lanes;
+  [[gnu::target("avx2")]] static void draw(const Stream& stream, uint64_t group, uint16_t last, uint8_t* drawn) {
+    const avx2::Lanes counter[] = {avx2::numbered(group), avx2::upper(group), avx2::same(uint32_t(stream.offset)),
+                                   avx2::same(uint32_t(stream.offset >> 32))};
+    Words<avx2::Lanes> block;
+    random_block(stream.seed, counter, block);
+    for (int i = 0; i < avx2::vectors; ++i) {
+      __m256i bits = _mm256_setzero_si256();  // of even elements in the lower half of a word, of odd ones in the upper
+      for (int k = 0; k < 4; ++k) {
+        const __m256i word = block.word[k].words[i], least = _mm256_min_epu16(word, _mm256_set1_epi16(int16_t(last)));
+        const __m256i own = _mm256_set1_epi32(int(1u << 2 * k | 2u << (2 * k + 16)));
+        bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_cmpeq_epi16(least, word), own));
       }
-      avx2::Lanes counter[4];
-      std::memcpy(counter, counters, sizeof(counter));
-      Words<avx2::Lanes> block;
-      random_block(stream.seed, counter, block);
-      for (int k = 0; k < 4; ++k) std::memcpy(&word[k][first], &block.word[k], sizeof(block.word[k]));
+      bits = _mm256_or_si256(bits, _mm256_srli_epi32(bits, 16));
+      const __m256i first_bytes = _mm256_set1_epi64x(0x0c080400);  // of each half's four words
+      const __m256i bytes = _mm256_shuffle_epi8(bits, first_bytes);
+      const int low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+      std::memcpy(drawn + 8 * i, &low, 4);
+      std::memcpy(drawn + 8 * i + 4, &high, 4);
     }
   }
 };
@@ -65,30 +88,17 @@ template <>
 struct Random<Isa::avx512> : Random<Isa::avx2> {};
 #endif
 
-constexpr int most_groups = 32;  // of a call of words
+constexpr int most_groups = 16;  // of a call of words
 
-// Bit i of `drawn`: whether dropout leaves element begin + i. begin and count are multiples of 8; up to most_groups - 1
-// bytes more are written.
+// Bit i of `drawn`: whether dropout leaves element begin + i. begin is a multiple of 64, count of 8; up to most_groups
+// - 1 bytes more are written.
 inline void draw(const Dropout& dropout, int64_t begin, int64_t count, uint8_t* drawn) {
   vectorised([=, &dropout](auto isa) RELU_EXT_INLINE_LAMBDA {
     using Own = Random<decltype(isa)::value>;
     static_assert(Own::groups <= most_groups);
-    const uint32_t last = dropout.last;
-    for (int64_t group = 0; group < count / 8; group += Own::groups) {
-      alignas(64) uint32_t word[4][Own::groups];
-      Own::words(dropout.stream, uint64_t(begin / 8 + group), word);
-      uint8_t* const to = drawn + group;
-      RELU_EXT_LANES
-      for (int g = 0; g < Own::groups; ++g) {
-        uint32_t byte = 0;
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          byte |= (word[k][g] & 0xffffu) <= last ? 1u << 2 * k : 0u;
-          byte |= word[k][g] >> 16 <= last ? 2u << 2 * k : 0u;
-        }
-        to[g] = uint8_t(byte);
-      }
-    }
+    const Stream stream = dropout.stream;
+    for (int64_t group = 0; group < count / 8; group += Own::groups)
+      Own::draw(stream, uint64_t(begin / 8 + group), dropout.last, drawn + group);
   });
 }
 
