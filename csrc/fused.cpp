@@ -195,7 +195,8 @@ variable_list gradients(const Keeping& keeping, const Tensor& grad, const variab
 
 std::optional<Tensor> apply_fused(const Bound& bound, const FusedInputs& inputs) {
   const Way way = way_of(bound, inputs);
-  if (way.road == Road::definition || !fit(inputs)) return std::nullopt;
+  if (way.road == Road::definition || !fit(inputs) || !scalars_fit(bound.scalars, *dtype_of(inputs.input)))
+    return std::nullopt;
   if (way.road == Road::operators && !way.history) return std::nullopt;
   const auto run = [&] {
     auto [output, bits] = way.road == Road::kernel

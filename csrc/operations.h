@@ -47,8 +47,9 @@ struct Operation {
   constexpr bool has_operators() const { return kept == Kept::bits && form == Form::elementwise; }
 };
 
-constexpr Operation fused(const char* name, const char* node, Activation activation, Beside beside) {
-  return {name, node, Kept::bits, false, activation, 0, {}, nullptr, Form::fused, false, beside};
+constexpr Operation fused(const char* name, const char* node, Activation activation, Beside beside, int arguments = 0,
+                          Scalars scalars = {}) {
+  return {name, node, Kept::bits, false, activation, arguments, scalars, nullptr, Form::fused, false, beside};
 }
 
 inline constexpr double selu_alpha = 1.6732632423543772848170429916717;  // arXiv:1706.02515, as ATen has them

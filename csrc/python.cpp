@@ -81,10 +81,11 @@ bool optional_tensor(PyObject* object, const at::Tensor*& tensor) {
   return true;
 }
 
-// NAME(input, those beside it ..., dim where some are of channels).
+// NAME(input, those beside it ..., dim where some are of channels, scalars...).
 template <size_t row>
 PyObject* call_fused(PyObject* const* args) {
-  constexpr Beside beside = operations[row].beside;
+  constexpr const Operation& operation = operations[row];
+  constexpr Beside beside = operation.beside;
   const at::Tensor* tensors[4];
   int next = 0;
   if (!THPVariable_CheckExact(args[next]) || !optional_tensor(args[next++], tensors[0])) return nullptr;
@@ -98,13 +99,14 @@ PyObject* call_fused(PyObject* const* args) {
   int64_t dim = 0;
   if (beside.scale || beside.shift) {
     const auto given = number(args[next]);
-    if (!given || !PyLong_CheckExact(args[next])) return nullptr;
+    if (!given || !PyLong_CheckExact(args[next++])) return nullptr;
     dim = int64_t(*given) + (*given < 0 ? tensors[0]->dim() : 0);
     if (dim < 0) return nullptr;
   }
-  if (!function_modes_allow()) return nullptr;
+  const auto bound = bind(operation, args + next);
+  if (!bound || !function_modes_allow()) return nullptr;
   const FusedInputs inputs{*tensors[0], *tensors[1], *tensors[2], *tensors[3], dim};
-  auto output = without_gil(inputs.input, [&] { return apply_fused({&operations[row], {}}, inputs); });
+  auto output = without_gil(inputs.input, [&] { return apply_fused(*bound, inputs); });
   return output ? THPVariable_Wrap(std::move(*output)) : nullptr;
 }
 

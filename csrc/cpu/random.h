@@ -7,16 +7,17 @@
 
 namespace relu_ext::cpu {
 
-// A byte for each of so many groups of eight elements: its bits are those of the elements whose number is at most
-// `last`. The first group is a multiple of 8.
+// A byte for each group of eight elements from `group` on, which is a multiple of 8, to end - 1: its bits are those of
+// the elements whose number is at most `last`. Up to `groups` - 1 bytes more are written.
 template <Isa>
 struct Random {
-  static constexpr int groups = 8;
-  static void draw(const Stream& stream, uint64_t group, uint16_t last, uint8_t* drawn) {
-    for (int g = 0; g < groups; ++g) {
-      const Block block = random_block(stream.seed, stream.offset, group + uint64_t(g));
-      drawn[g] = 0;
-      for (int i = 0; i < 8; ++i) drawn[g] |= uint8_t((random_of(block, i) <= last) << i);
+  static constexpr int groups = 1;
+  static void draw(const Stream& stream, uint64_t group, uint64_t end, uint16_t last, uint8_t* drawn) {
+    for (; group < end; ++group) {
+      const Block block = random_block(stream.seed, stream.offset, group);
+      uint8_t byte = 0;
+      for (int i = 0; i < 8; ++i) byte |= uint8_t((random_of(block, i) <= last) << i);
+      *drawn++ = byte;
     }
   }
 };
@@ -58,29 +59,37 @@ struct Lanes {
   return {{_mm256_set1_epi32(int(group >> 32)), _mm256_set1_epi32(int((group + lanes) >> 32))}};
 }
 
+// Bit i of byte g: whether the i-th number of group g is at most `last`.
+[[gnu::target("avx2")]] inline uint64_t at_most(const __m256i (&words)[4], uint16_t last) {
+  __m256i bits = _mm256_setzero_si256();  // of even elements in the lower half of a word, of odd ones in the upper
+  for (int k = 0; k < 4; ++k) {
+    const __m256i least = _mm256_min_epu16(words[k], _mm256_set1_epi16(int16_t(last)));
+    const __m256i own = _mm256_set1_epi32(int(1u << 2 * k | 2u << (2 * k + 16)));
+    bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_cmpeq_epi16(least, words[k]), own));
+  }
+  bits = _mm256_or_si256(bits, _mm256_srli_epi32(bits, 16));
+  const __m256i bytes = _mm256_shuffle_epi8(bits, _mm256_set1_epi64x(0x0c080400));  // of each half's four words
+  return uint32_t(_mm256_extract_epi32(bytes, 0)) | uint64_t(uint32_t(_mm256_extract_epi32(bytes, 4))) << 32;
+}
+
 }  // namespace avx2
 
 template <>
 struct Random<Isa::avx2> {
   static constexpr int groups = avx2::vectors * avx2::lanes;
-  [[gnu::target("avx2")]] static void draw(const Stream& stream, uint64_t group, uint16_t last, uint8_t* drawn) {
-    const avx2::Lanes counter[] = {avx2::numbered(group), avx2::upper(group), avx2::same(uint32_t(stream.offset)),
-                                   avx2::same(uint32_t(stream.offset >> 32))};
-    Words<avx2::Lanes> block;
-    random_block(stream.seed, counter, block);
-    for (int i = 0; i < avx2::vectors; ++i) {
-      __m256i bits = _mm256_setzero_si256();  // of even elements in the lower half of a word, of odd ones in the upper
-      for (int k = 0; k < 4; ++k) {
-        const __m256i word = block.word[k].words[i], least = _mm256_min_epu16(word, _mm256_set1_epi16(int16_t(last)));
-        const __m256i own = _mm256_set1_epi32(int(1u << 2 * k | 2u << (2 * k + 16)));
-        bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_cmpeq_epi16(least, word), own));
+  [[gnu::target("avx2")]] static void draw(const Stream& stream, uint64_t group, uint64_t end, uint16_t last,
+                                           uint8_t* drawn) {
+    for (; group < end; group += groups, drawn += groups) {
+      const avx2::Lanes counter[] = {avx2::numbered(group), avx2::upper(group), avx2::same(uint32_t(stream.offset)),
+                                     avx2::same(uint32_t(stream.offset >> 32))};
+      Words<avx2::Lanes> block;
+      random_block(stream.seed, counter, block);
+      for (int i = 0; i < avx2::vectors; ++i) {
+        const __m256i words[] = {block.word[0].words[i], block.word[1].words[i], block.word[2].words[i],
+                                 block.word[3].words[i]};
+        const uint64_t bytes = avx2::at_most(words, last);
+        std::memcpy(drawn + avx2::lanes * i, &bytes, sizeof(bytes));
       }
-      bits = _mm256_or_si256(bits, _mm256_srli_epi32(bits, 16));
-      const __m256i first_bytes = _mm256_set1_epi64x(0x0c080400);  // of each half's four words
-      const __m256i bytes = _mm256_shuffle_epi8(bits, first_bytes);
-      const int low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
-      std::memcpy(drawn + 8 * i, &low, 4);
-      std::memcpy(drawn + 8 * i + 4, &high, 4);
     }
   }
 };
@@ -96,9 +105,7 @@ inline void draw(const Dropout& dropout, int64_t begin, int64_t count, uint8_t* 
   vectorised([=, &dropout](auto isa) RELU_EXT_INLINE_LAMBDA {
     using Own = Random<decltype(isa)::value>;
     static_assert(Own::groups <= most_groups);
-    const Stream stream = dropout.stream;
-    for (int64_t group = 0; group < count / 8; group += Own::groups)
-      Own::draw(stream, uint64_t(begin / 8 + group), dropout.last, drawn + group);
+    Own::draw(dropout.stream, uint64_t(begin / 8), uint64_t((begin + count) / 8), dropout.last, drawn);
   });
 }
 
