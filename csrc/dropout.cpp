@@ -1,7 +1,7 @@
 // relu_dropout: which elements stay is drawn in the pass that rectifies, and kept as one bit with the sign.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "autograd.h"

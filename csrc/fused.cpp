@@ -3,7 +3,7 @@
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
-#include <array>
+#include <vector>
 
 #include "autograd.h"
 #include "backend.h"

@@ -161,10 +161,10 @@ void backward(const Backward&, int64_t begin, int64_t end);
 void gated(const Gated&, int64_t begin, int64_t end);
 void gated_backward(const GatedBackward&, int64_t begin, int64_t end);
 void prelu(const Prelu&, int64_t begin, int64_t end);
+void fused(const Fused&, int64_t begin, int64_t end);
 
 // sums: of this range alone, one a channel, is added to; null where grad_weight is. grad_weight itself is not written.
 void prelu_backward(const PreluBackward&, double* sums, int64_t begin, int64_t end);
-void fused(const Fused&, int64_t begin, int64_t end);
 
 // sums: of this range alone, is added to: a value a channel for each of the vectors of channels whose gradients are
 // wanted, in the order of the struct's members. Those gradients themselves are not written.

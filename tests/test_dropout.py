@@ -214,7 +214,8 @@ def test_all_is_dropped(device, dtype):
     input = mixed_values(1000, dtype, device).requires_grad_()
     output = dropped(input, 1.0)
     (gradient,) = torch.autograd.grad(output, input, torch.ones_like(output))
-    assert_same(output, torch.zeros_like(output)) is None and assert_same(gradient, torch.zeros_like(output)) is None
+    assert_same(output, torch.zeros_like(output))
+    assert_same(gradient, torch.zeros_like(output))
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])

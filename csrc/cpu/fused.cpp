@@ -1,7 +1,6 @@
 // Activations fused with what surrounds them.
 #include <algorithm>
 #include <array>
-#include <type_traits>
 
 #include "../dispatch.h"
 #include "../epilogue.h"

@@ -97,7 +97,7 @@ template <>
 struct Random<Isa::avx512> : Random<Isa::avx2> {};
 #endif
 
-constexpr int most_groups = 16;  // of a call of words
+constexpr int most_groups = 16;  // that an instruction set draws at once
 
 // Bit i of `drawn`: whether dropout leaves element begin + i. begin is a multiple of 64, count of 8; up to most_groups
 // - 1 bytes more are written.
