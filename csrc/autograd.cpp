@@ -8,7 +8,6 @@
 #include <ATen/ops/sqrt.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <utility>
 #include <vector>
@@ -25,10 +24,9 @@ using at::Tensor;
 
 Gradients gradients;
 
-std::pair<NodePtr, KernelBackward*> node_after(const Bound& bound, Kept kept, const Tensor& input,
-                                               c10::SymIntArrayRef stride) {
-  return make_node(gradients, {bound, kept, {stride.begin(), stride.end()}},
-                   {torch::autograd::impl::gradient_edge(input)});
+Keeping keeping_for(const Bound& bound, Kept kept, const Tensor& output) {
+  const auto stride = output.sym_strides();
+  return {bound, kept, {stride.begin(), stride.end()}};
 }
 
 // launch(input) -> output, bits: with the node that remembers the bits.
@@ -36,9 +34,7 @@ template <class Launch>
 Outputs forward_with_history(const Bound& bound, const Tensor& input, Launch launch) {
   Outputs outputs = launch(bound, input);
   auto& [output, bits] = outputs;
-  const auto [node, raw] = node_after(bound, Kept::bits, input, output.sym_strides());
-  torch::autograd::set_history(output, node);
-  raw->save(bits);
+  set_history(output, gradients, keeping_for(bound, Kept::bits, output), {&input}, {{bits}});
   return outputs;
 }
 
@@ -46,9 +42,7 @@ Outputs forward_with_history(const Bound& bound, const Tensor& input, Launch lau
 template <class Stride, class Launch>
 Tensor gradient_with_history(const Bound& bound, const Tensor& grad, const Tensor& bits, Stride stride, Launch launch) {
   Tensor result = launch(bound, grad, bits, stride);
-  const auto [node, raw] = node_after(bound, Kept::bits, grad, result.sym_strides());
-  torch::autograd::set_history(result, node);
-  raw->save(bits);
+  set_history(result, gradients, keeping_for(bound, Kept::bits, result), {&grad}, {{bits}});
   return result;
 }
 
@@ -76,28 +70,24 @@ Tensor definition(const Bound& bound, const Tensor& input) {
 
 // relu_squared's r = max(input, 0), differentiable: where it is made from the output, its node is relu's and leads to
 // the input past the output, whose own derivative 2r would have to be divided by again.
-Tensor root_of(Kept kept, const Tensor& value, bool history) {
+Tensor root_of(Kept kept, const Tensor& value) {
   if (kept == Kept::input) return at::relu(value);
   // In double: of float32 at::sqrt is not always the nearest, where it is MKL's.
   const auto square_root = [&](const Tensor& square) { return square.to(at::kDouble).sqrt().to(square.scalar_type()); };
-  if (!history) return square_root(value);
+  if (!records_history(value, effective_keys(value))) return square_root(value);
   const Bound relu{operation_of(Activation::relu, Form::elementwise), {}};
   const Tensor root = below_autograd([&] { return square_root(value.detach()); });
   const Tensor bits = below_autograd([&] { return std::get<1>(call_forward(relu, root)); });
-  const auto stride = root.sym_strides();
-  const auto [node, raw] =
-      make_node(gradients, {relu, Kept::bits, {stride.begin(), stride.end()}}, {value.grad_fn()->next_edge(0)});
-  torch::autograd::set_history(root, node);
-  raw->save(bits);
+  set_history_past(root, gradients, keeping_for(relu, Kept::bits, root), value, {bits});
   return root;
 }
 
 // The gradient of the same as ATen calls, differentiable in grad and in the operation's input.
-Tensor gradient_definition_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value, bool history) {
+Tensor gradient_definition_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value) {
   const auto& scalars = bound.scalars;
   if (bound.operation->activation == Activation::elu)
     return at::elu_backward(grad, scalars[0], scalars[1], scalars[2], kept == Kept::output, value);
-  const Tensor root = root_of(kept, value, history);
+  const Tensor root = root_of(kept, value);
   return at::threshold_backward(grad.mul(root).mul(2), root, 0);
 }
 
@@ -105,14 +95,11 @@ Tensor gradient_definition_from(const Bound& bound, Kept kept, const Tensor& gra
 Tensor gradient_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value) {
   TORCH_CHECK(value.sym_sizes() == grad.sym_sizes(), "relu_ext: a gradient of shape ", grad.sym_sizes(),
               " for what was kept of shape ", value.sym_sizes());
-  const auto keys = effective_keys(grad), value_keys = effective_keys(value);
-  const bool history = records_history(value, value_keys);
   // From the output of a function that falls no gradient follows; ATen has an error for it.
   const bool is_torchs = bound.operation->activation == Activation::elu && kept == Kept::output && bound.scalars[0] < 0;
-  if (road(grad, keys) != Road::kernel || value_keys - keys::ours != keys - keys::ours || history ||
-      records_history(grad, keys) || is_torchs || grad.scalar_type() != value.scalar_type() ||
+  if (!all_plain(grad, value) || is_torchs || grad.scalar_type() != value.scalar_type() ||
       !value.is_non_overlapping_and_dense())
-    return gradient_definition_from(bound, kept, grad, value, history);
+    return gradient_definition_from(bound, kept, grad, value);
   return recorded(bound, &Registered::recorded_backward, {&grad, &value}, false,
                   [&] { return launch::backward_from(kept, bound, grad, value); });
 }
@@ -130,9 +117,8 @@ Tensor apply_from(const Bound& bound, const Tensor& input, Road taken, bool hist
       taken == Road::kernel ? launch::forward(bound, input) : below_autograd([&] { return definition(bound, input); });
   if (!history) return output;
   const Kept kept = kept_by(*bound.operation, *dtype_of(input), /*inplace=*/false);
-  const auto [node, raw] = node_after(bound, kept, input, output.sym_strides());
-  torch::autograd::set_history(output, node);
-  raw->save(kept == Kept::input ? input : output, kept == Kept::output);
+  const Saving saving{kept == Kept::input ? input : output, kept == Kept::output};
+  set_history(output, gradients, keeping_for(bound, kept, output), {&input}, {saving});
   return output;
 }
 
@@ -203,26 +189,21 @@ bool apply_(const Bound& bound, const Tensor& input) {
   if (!takes_kernels(bound, input, taken)) return false;
   const bool history = records_history(input, keys);
   if (taken == Road::operators && !history) return false;
-  torch::autograd::check_inplace(input, history);
+  check_inplace(input, history);
   const auto bump_version = [&] {
-    if (keys.has_any(keys::inplace)) torch::autograd::increment_version(input);
+    if (keys.has_any(keys::inplace)) input.unsafeGetTensorImpl()->bump_version();
   };
   recorded(bound, &Registered::recorded_in_place, {&input}, history, [&] {
     if (!history) {
       launch::forward_(bound, input);
       return bump_version();
     }
-    // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new
-    // version.
     const Kept kept = kept_by(*bound.operation, *dtype_of(input), /*inplace=*/true);
-    const auto [node, raw] = node_after(bound, kept, input, input.sym_strides());
-    const Tensor bits = overwrite(bound, kept, input, taken);
-    bump_version();
-    torch::autograd::rebase_history(input, node);
-    if (kept == Kept::bits)
-      raw->save(bits);
-    else
-      raw->save(input, /*is_output=*/true, /*inplace_view=*/input.is_view());
+    rebase_history(input, gradients, keeping_for(bound, kept, input), [&] {
+      Tensor bits = overwrite(bound, kept, input, taken);
+      bump_version();
+      return bits;
+    });
   });
   return true;
 }

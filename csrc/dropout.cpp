@@ -1,5 +1,4 @@
 // relu_dropout: which elements stay is drawn in the pass that rectifies, and kept as one bit with the sign.
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <algorithm>
 #include <cmath>
@@ -75,9 +74,7 @@ Tensor backward(const Keeping& keeping, const Tensor& grad, const Tensor& bits) 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   if (!needs[0]) return variable_list(1);
   const Tensor& bits = saved[0];
-  const auto keys = effective_keys(grad);
-  if (road(grad, keys) != Road::kernel || records_history(grad, keys) ||
-      effective_keys(bits) - keys::ours != keys - keys::ours)
+  if (!all_plain(grad, saved))
     return {gradient_definition(keeping.bound, grad.mul(keeping.factor), bits, keeping.stride)};
   return {recorded(keeping.bound, &Registered::recorded_backward, {&grad, &bits}, false,
                    [&] { return backward(keeping, grad, bits); })};
@@ -87,11 +84,8 @@ void remember(Outputs& outputs, const Tensor& input, double p) {
   auto& [output, bits] = outputs;
   const auto stride = output.sym_strides();
   const double factor = p < 1 ? 1 / (1 - p) : 1;
-  const auto [node, raw] =
-      make_node(gradients, {{relu_dropout, {}}, Kept::bits, {stride.begin(), stride.end()}, 0, factor},
-                {torch::autograd::impl::gradient_edge(input)});
-  torch::autograd::set_history(output, node);
-  raw->save(bits);
+  set_history(output, gradients, {{relu_dropout, {}}, Kept::bits, {stride.begin(), stride.end()}, 0, factor}, {&input},
+              {{bits}});
 }
 
 }  // namespace

@@ -55,7 +55,21 @@ using Block = Words<uint32_t>;
 namespace philox {
 constexpr uint32_t multiplier_0 = 0xd2511f53, multiplier_1 = 0xcd9e8d57;
 constexpr uint32_t weyl_0 = 0x9e3779b9, weyl_1 = 0xbb67ae85;
-constexpr int rounds = 10;
+constexpr int rounds = 7;
+
+// Those of each round.
+template <class K>
+struct Keys {
+  K key[rounds][2];
+};
+RELU_EXT_INLINE Keys<uint32_t> keys_of(uint64_t seed) {
+  Keys<uint32_t> keys{};
+  for (int round = 0; round < rounds; ++round) {
+    keys.key[round][0] = uint32_t(seed) + uint32_t(round) * weyl_0;
+    keys.key[round][1] = uint32_t(seed >> 32) + uint32_t(round) * weyl_1;
+  }
+  return keys;
+}
 
 // Both halves of the product.
 RELU_EXT_INLINE void multiply(uint32_t a, uint32_t multiplier, uint32_t& high, uint32_t& low) {
@@ -67,38 +81,34 @@ RELU_EXT_INLINE void multiply(uint32_t a, uint32_t multiplier, uint32_t& high, u
 RELU_EXT_INLINE uint32_t mix(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
 }  // namespace philox
 
-template <class W>
-RELU_EXT_INLINE void philox_round(W& a, W& b, W& c, W& d, uint32_t key_0, uint32_t key_1) {
+template <class W, class K>
+RELU_EXT_INLINE void philox_round(W& a, W& b, W& c, W& d, const K (&key)[2]) {
   using philox::mix;  // or those of W's own namespace
   using philox::multiply;
   W high_a, low_a, high_c, low_c;
   multiply(a, philox::multiplier_0, high_a, low_a);
   multiply(c, philox::multiplier_1, high_c, low_c);
-  a = mix(high_c, b, key_0);
-  c = mix(high_a, d, key_1);
+  a = mix(high_c, b, key[0]);
+  c = mix(high_a, d, key[1]);
   b = low_c;
   d = low_a;
 }
 // counter: low half first, of the group and of the offset. Unrolled: in a loop g++ moves all that a round exchanges.
-template <class W, size_t... round>
-RELU_EXT_INLINE void random_block(uint64_t seed, const W (&counter)[4], Words<W>& block,
-                                  std::index_sequence<round...>) {
+template <class W, class K, size_t... round>
+RELU_EXT_INLINE Words<W> random_block(const philox::Keys<K>& keys, const W (&counter)[4],
+                                      std::index_sequence<round...>) {
   W a = counter[0], b = counter[1], c = counter[2], d = counter[3];
-  (philox_round(a, b, c, d, uint32_t(seed) + uint32_t(round) * philox::weyl_0,
-                uint32_t(seed >> 32) + uint32_t(round) * philox::weyl_1),
-   ...);
-  block = {{a, b, c, d}};
+  (philox_round(a, b, c, d, keys.key[round]), ...);
+  return {{a, b, c, d}};
 }
-template <class W>
-RELU_EXT_INLINE void random_block(uint64_t seed, const W (&counter)[4], Words<W>& block) {
-  random_block(seed, counter, block, std::make_index_sequence<philox::rounds>{});
+template <class W, class K>
+RELU_EXT_INLINE Words<W> random_block(const philox::Keys<K>& keys, const W (&counter)[4]) {
+  return random_block(keys, counter, std::make_index_sequence<philox::rounds>{});
 }
 // group: of eight elements.
 RELU_EXT_INLINE Block random_block(uint64_t seed, uint64_t offset, uint64_t group) {
   const uint32_t counter[] = {uint32_t(group), uint32_t(group >> 32), uint32_t(offset), uint32_t(offset >> 32)};
-  Block block;
-  random_block(seed, counter, block);
-  return block;
+  return random_block(philox::keys_of(seed), counter);
 }
 
 // The 16 bits of element i.

@@ -1,7 +1,6 @@
 // An activation fused with what surrounds it: vectors of a value for each channel, and a residual.
 #include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <vector>
 
@@ -56,24 +55,6 @@ bool fit(const FusedInputs& inputs) {
       return false;
   return !residual.defined() || (residual.sizes() == input.sizes() && residual.is_non_overlapping_and_dense() &&
                                  launch::same_layout(input.sizes(), input.strides(), residual.strides()));
-}
-
-// The road of all together, and whether there is history.
-struct Way {
-  Road road = Road::kernel;
-  bool history = false;
-};
-Way way_of(const Bound& bound, const FusedInputs& inputs) {
-  Way way;
-  for (const Tensor* tensor : {&inputs.scale, &inputs.shift, &inputs.residual}) {
-    if (!tensor->defined()) continue;
-    const Road taken = road(*bound.operation, inputs.input, *tensor);
-    if (taken == Road::definition) return {taken, false};
-    if (taken == Road::operators) way.road = taken;
-    way.history = way.history || records_history(*tensor, effective_keys(*tensor));
-  }
-  way.history = way.history || records_history(inputs.input, effective_keys(inputs.input));
-  return way;
 }
 
 const void* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
@@ -180,13 +161,7 @@ variable_list backward(const Keeping& keeping, const Tensor& grad, const Kepts& 
 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Kepts kept = kept_of(saved);
-  const auto keys = effective_keys(grad);
-  bool plain = road(grad, keys) == Road::kernel && !records_history(grad, keys);
-  for (const Tensor& tensor : saved) {
-    const auto own = effective_keys(tensor);
-    plain = plain && own - keys::ours == keys - keys::ours && !records_history(tensor, own);
-  }
-  if (!plain) return definition(keeping, grad, kept, needs);
+  if (!all_plain(grad, saved)) return definition(keeping, grad, kept, needs);
   return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &kept.bits}, false,
                   [&] { return backward(keeping, grad, kept, needs); });
 }
@@ -194,8 +169,9 @@ variable_list gradients(const Keeping& keeping, const Tensor& grad, const variab
 }  // namespace
 
 std::optional<Tensor> apply_fused(const Bound& bound, const FusedInputs& inputs) {
-  const Way way = way_of(bound, inputs);
-  if (way.road == Road::definition || !fit(inputs) || !scalars_fit(bound.scalars, *dtype_of(inputs.input)))
+  const Tensor &input = inputs.input, &scale = inputs.scale;
+  const Way way = way_of(*bound.operation, {&input, &scale, &inputs.shift, &inputs.residual});
+  if (way.road == Road::definition || !fit(inputs) || !scalars_fit(bound.scalars, *dtype_of(input)))
     return std::nullopt;
   if (way.road == Road::operators && !way.history) return std::nullopt;
   const auto run = [&] {
@@ -203,22 +179,17 @@ std::optional<Tensor> apply_fused(const Bound& bound, const FusedInputs& inputs)
                               ? forward(bound, inputs, way.history)
                               : below_autograd([&] { return forward_by_operators(bound, inputs); });
     if (!way.history) return output;
-    c10::SmallVector<torch::autograd::Edge, most_inputs> edges;
-    for (const Tensor* tensor : {&inputs.input, &inputs.scale, &inputs.shift, &inputs.residual})
-      if (tensor->defined()) edges.push_back(torch::autograd::impl::gradient_edge(*tensor));
     const auto stride = output.sym_strides();
-    const auto [node, raw] =
-        make_node(gradients, {bound, Kept::bits, {stride.begin(), stride.end()}, inputs.dim}, edges);
-    torch::autograd::set_history(output, node);
-    raw->save(bits);
-    if (inputs.scale.defined()) {
-      raw->save(inputs.scale);
-      if (records_history(inputs.scale, effective_keys(inputs.scale))) raw->save(inputs.input);
+    c10::SmallVector<Saving, 3> saved{{bits}};
+    if (scale.defined()) {
+      saved.push_back({scale});
+      if (records_history(scale, effective_keys(scale))) saved.push_back({input});
     }
+    set_history(output, gradients, {bound, Kept::bits, {stride.begin(), stride.end()}, inputs.dim},
+                {&input, &inputs.scale, &inputs.shift, &inputs.residual}, saved);
     return output;
   };
-  if (way.road != Road::kernel) return run();
-  return recorded(bound, &Registered::recorded, {&inputs.input}, way.history, run);
+  return way.road == Road::kernel ? recorded(bound, &Registered::recorded, {&input}, way.history, run) : run();
 }
 
 }  // namespace relu_ext

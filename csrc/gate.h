@@ -7,6 +7,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 
 #include "backend.h"
@@ -82,20 +84,41 @@ inline Road road(const at::Tensor& tensor, c10::DispatchKeySet effective) {
   return plain ? Road::kernel : Road::operators;
 }
 
-// For a call with two tensors, which must be alike.
-inline Road road(const Operation& operation, const at::Tensor& a, const at::Tensor& b) {
-  const auto keys_a = effective_keys(a), keys_b = effective_keys(b);
-  if (operation.autocast && (keys_a | keys_b).has_any(keys::autocast)) return Road::definition;
-  const Road road_a = road(a, keys_a), road_b = road(b, keys_b);
-  if (road_a == Road::definition || road_b == Road::definition || a.scalar_type() != b.scalar_type() ||
-      a.device() != b.device())
-    return Road::definition;
-  return road_a == Road::kernel && road_b == Road::kernel ? Road::kernel : Road::operators;
-}
-
 // Does PyTorch record a call with this tensor in the autograd graph?
 inline bool records_history(const at::Tensor& tensor, c10::DispatchKeySet effective) {
   return effective.has_any(keys::autograd) && c10::GradMode::is_enabled() && tensor.requires_grad();
+}
+
+// The road of a call with several tensors, which must be alike, and whether PyTorch records it. Those that are
+// undefined are not there.
+struct Way {
+  Road road = Road::kernel;
+  bool history = false;
+};
+inline Way way_of(const Operation& operation, std::initializer_list<const at::Tensor*> tensors) {
+  const at::Tensor& first = **tensors.begin();
+  Way way;
+  for (const at::Tensor* tensor : tensors) {
+    if (!tensor->defined()) continue;
+    const auto effective = effective_keys(*tensor);
+    if (operation.autocast && effective.has_any(keys::autocast)) return {Road::definition};
+    const Road own = road(*tensor, effective);
+    if (own == Road::definition || tensor->scalar_type() != first.scalar_type() || tensor->device() != first.device())
+      return {Road::definition};
+    if (own == Road::operators) way.road = own;
+    way.history = way.history || records_history(*tensor, effective);
+  }
+  return way;
+}
+
+// May a kernel make a gradient, one that PyTorch does not record, of grad and of what was saved?
+inline bool all_plain(const at::Tensor& grad, at::ArrayRef<at::Tensor> saved) {
+  const auto effective = effective_keys(grad);
+  if (road(grad, effective) != Road::kernel || records_history(grad, effective)) return false;
+  return std::all_of(saved.begin(), saved.end(), [&](const at::Tensor& tensor) {
+    const auto own = effective_keys(tensor);
+    return own - keys::ours == effective - keys::ours && !records_history(tensor, own);
+  });
 }
 
 }  // namespace relu_ext

@@ -93,9 +93,10 @@ struct PreluBackward {
   void* grad_weight;
 };
 
-// Random numbers of Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011),
-// 16 bits an element: those of elements 8 g to 8 g + 7 are the block of counter (g, offset) and key seed, low halves of
-// words first. So the numbers hang on nothing but seed, offset and place.
+// Random numbers of Philox4x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011:
+// of seven rounds on it passes all of TestU01's BigCrush), 16 bits an element: those of elements 8 g to 8 g + 7 are the
+// block of counter (g, offset) and key seed, low halves of words first. So the numbers hang on nothing but seed, offset
+// and place.
 struct Stream {
   uint64_t seed, offset;
   // While a CUDA graph is captured, where a replay will find the seed, and what is to be added to offset; else null.

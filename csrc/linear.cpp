@@ -4,7 +4,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "autograd.h"
 #include "backend.h"
@@ -64,10 +63,7 @@ Masked masked(const Keeping& keeping, const Tensor& grad, const Tensor& output, 
 // saved: output, weight, input.
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor &output = saved[0], &weight = saved[1], &input = saved[2];
-  const auto keys = effective_keys(grad);
-  bool plain = road(grad, keys) == Road::kernel && !records_history(grad, keys) && output.is_contiguous() &&
-               grad.scalar_type() == output.scalar_type();
-  for (const Tensor& tensor : saved) plain = plain && effective_keys(tensor) - keys::ours == keys - keys::ours;
+  const bool plain = all_plain(grad, output) && output.is_contiguous() && grad.scalar_type() == output.scalar_type();
   const auto run = [&] {
     const auto [inner, bias] =
         plain ? masked(keeping, grad, output, needs[2]) : Masked{at::threshold_backward(grad, output, 0), {}};
@@ -83,34 +79,19 @@ variable_list gradients(const Keeping& keeping, const Tensor& grad, const variab
 }  // namespace
 
 std::optional<Tensor> apply_linear(const Bound& bound, const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  Road taken = road(*bound.operation, input, weight);
-  if (bias.defined()) {
-    const Road with_bias = road(*bound.operation, input, bias);
-    taken = taken == Road::definition || with_bias == Road::definition ? Road::definition
-            : taken == Road::kernel                                    ? with_bias
-                                                                       : taken;
-  }
-  if (taken == Road::definition || !fit(input, weight, bias)) return std::nullopt;
-  bool history = false;
-  for (const Tensor* tensor : {&input, &weight, &bias})
-    history = history || (tensor->defined() && records_history(*tensor, effective_keys(*tensor)));
-  if (taken == Road::operators && !history) return std::nullopt;
+  const Way way = way_of(*bound.operation, {&input, &weight, &bias});
+  if (way.road == Road::definition || !fit(input, weight, bias)) return std::nullopt;
+  if (way.road == Road::operators && !way.history) return std::nullopt;
   const auto run = [&] {
     Tensor output = below_autograd([&] {
-      return taken == Road::kernel ? forward(input, weight, bias) : at::relu(at::linear(input, weight, bias));
+      return way.road == Road::kernel ? forward(input, weight, bias) : at::relu(at::linear(input, weight, bias));
     });
-    if (!history) return output;
-    c10::SmallVector<torch::autograd::Edge, most_inputs> edges;
-    for (const Tensor* tensor : {&input, &weight, &bias})
-      if (tensor->defined()) edges.push_back(torch::autograd::impl::gradient_edge(*tensor));
-    const auto [node, raw] = make_node(gradients, {bound, Kept::output, {}}, edges);
-    torch::autograd::set_history(output, node);
-    raw->save(output, /*is_output=*/true);
-    raw->save(weight);
-    raw->save(input);
+    if (!way.history) return output;
+    set_history(output, gradients, {bound, Kept::output, {}}, {&input, &weight, &bias},
+                {{output, /*is_output=*/true}, {weight}, {input}});
     return output;
   };
-  return taken == Road::kernel ? recorded(bound, &Registered::recorded, {&input, &weight}, history, run) : run();
+  return way.road == Road::kernel ? recorded(bound, &Registered::recorded, {&input, &weight}, way.history, run) : run();
 }
 
 }  // namespace relu_ext

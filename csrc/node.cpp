@@ -1,16 +1,53 @@
 #include "node.h"
 
-#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <memory>
 #include <mutex>
+#include <string>
 #include <type_traits>
-#include <vector>
+#include <utility>
 
 namespace relu_ext {
+namespace {
 
+using at::Tensor;
 using torch::autograd::Node;
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+struct KernelBackward final : Node {
+  KernelBackward(Gradients* gradients, Keeping keeping) : gradients_(gradients), keeping_(std::move(keeping)) {}
+
+  std::string name() const override { return keeping_.bound.operation->node; }
+
+  variable_list apply(variable_list&& grads) override;
+  void release_variables() override;
+
+  // Compiled autograd: what the graph depends on, and the same gradients as a function of tensors that it can trace.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override;
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override;
+
+  // inplace_view: the operation overwrote a view.
+  void save(const Saving& saving, bool inplace_view = false) {
+    saved_.push_back({{saving.tensor, saving.is_output, inplace_view}, saving.is_output});
+  }
+
+ private:
+  variable_list unpacked();
+  Needs needs() const;
+
+  struct Saved {
+    torch::autograd::SavedVariable variable;
+    bool is_output;
+  };
+
+  Gradients* gradients_;
+  Keeping keeping_;
+  c10::SmallVector<Saved, 1> saved_;
+};
 
 // torch 2.11 holds nodes in a std::shared_ptr and frees them with deleteNode, 2.13 in a c10::intrusive_ptr.
 template <class Ptr, class T, class... Args>
@@ -101,11 +138,42 @@ variable_list KernelBackward::apply_with_saved(const variable_list& grads,
   return inputs;
 }
 
-std::pair<NodePtr, KernelBackward*> make_node(Gradients* gradients, Keeping keeping,
-                                              at::ArrayRef<torch::autograd::Edge> edges) {
-  auto made = make_owned<NodePtr, KernelBackward>(gradients, std::move(keeping));
-  for (const auto& edge : edges) made.second->add_next_edge(edge);
-  return made;
+// A node without edges yet.
+std::pair<NodePtr, KernelBackward*> make_node(Gradients* gradients, Keeping keeping) {
+  return make_owned<NodePtr, KernelBackward>(gradients, std::move(keeping));
 }
+
+}  // namespace
+
+void set_history(const Tensor& output, Gradients* gradients, Keeping keeping, at::ArrayRef<const Tensor*> inputs,
+                 at::ArrayRef<Saving> saved) {
+  const auto [node, raw] = make_node(gradients, std::move(keeping));
+  for (const Tensor* input : inputs)
+    if (input->defined()) raw->add_next_edge(torch::autograd::impl::gradient_edge(*input));
+  torch::autograd::set_history(output, node);
+  for (const Saving& saving : saved) raw->save(saving);
+}
+
+void set_history_past(const Tensor& output, Gradients* gradients, Keeping keeping, const Tensor& computed_from,
+                      Saving saved) {
+  const auto [node, raw] = make_node(gradients, std::move(keeping));
+  raw->add_next_edge(computed_from.grad_fn()->next_edge(0));
+  torch::autograd::set_history(output, node);
+  raw->save(saved);
+}
+
+void rebase_history(const Tensor& input, Gradients* gradients, Keeping keeping, c10::function_ref<Tensor()> overwrite) {
+  const auto [node, raw] = make_node(gradients, std::move(keeping));
+  // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new version.
+  raw->add_next_edge(torch::autograd::impl::gradient_edge(input));
+  const Tensor bits = overwrite();
+  torch::autograd::rebase_history(input, node);
+  if (bits.defined())
+    raw->save({bits});
+  else
+    raw->save({input, /*is_output=*/true}, /*inplace_view=*/input.is_view());
+}
+
+void check_inplace(const Tensor& input, bool history) { torch::autograd::check_inplace(input, history); }
 
 }  // namespace relu_ext

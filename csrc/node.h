@@ -1,21 +1,19 @@
-// The node of the autograd graph, for every operation. It and autograd.cpp depend on torch's private autograd API,
-// which changes between releases; nothing else does.
+// The node of the autograd graph, for every operation. What depends on torch's private autograd API, which changes
+// between releases, is in node.cpp.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymIntArrayRef.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/saved_variable.h>
+#include <c10/util/DimVector.h>
+#include <c10/util/FunctionRef.h>
 
 #include <array>
-#include <string>
-#include <utility>
+#include <vector>
 
 #include "operations.h"
 
 namespace relu_ext {
 
-using torch::autograd::variable_list;
-using NodePtr = decltype(torch::autograd::Edge::function);
+using variable_list = std::vector<at::Tensor>;
 
 // An operation's most inputs.
 constexpr size_t most_inputs = 4;
@@ -34,38 +32,23 @@ struct Keeping {
 // The gradients of those inputs that are needed; more than there are inputs, or fewer, where they are undefined.
 using Gradients = variable_list(const Keeping&, const at::Tensor& grad, const variable_list& saved, const Needs&);
 
-struct KernelBackward final : torch::autograd::Node {
-  KernelBackward(Gradients* gradients, Keeping keeping) : gradients_(gradients), keeping_(std::move(keeping)) {}
-
-  std::string name() const override { return keeping_.bound.operation->node; }
-
-  variable_list apply(variable_list&& grads) override;
-  void release_variables() override;
-
-  // Compiled autograd: what the graph depends on, and the same gradients as a function of tensors that it can trace.
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override;
-  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override;
-
-  // is_output: of this node. inplace_view: the operation overwrote a view.
-  void save(const at::Tensor& tensor, bool is_output = false, bool inplace_view = false) {
-    saved_.push_back({{tensor, is_output, inplace_view}, is_output});
-  }
-
- private:
-  variable_list unpacked();
-  Needs needs() const;
-
-  struct Saved {
-    torch::autograd::SavedVariable variable;
-    bool is_output;
-  };
-
-  Gradients* gradients_;
-  Keeping keeping_;
-  c10::SmallVector<Saved, 1> saved_;
+struct Saving {
+  const at::Tensor& tensor;
+  bool is_output = false;  // of the node itself
 };
 
-// A node that leads to these edges, one an input.
-std::pair<NodePtr, KernelBackward*> make_node(Gradients*, Keeping, at::ArrayRef<torch::autograd::Edge>);
+// Makes output the result of a node that leads to the inputs, those that are defined, and keeps what is saved.
+void set_history(const at::Tensor& output, Gradients*, Keeping, at::ArrayRef<const at::Tensor*> inputs,
+                 at::ArrayRef<Saving> saved);
+
+// The same for what was computed from the output of a function, but is one of that function's input.
+void set_history_past(const at::Tensor& output, Gradients*, Keeping, const at::Tensor& computed_from, Saving saved);
+
+// In place. overwrite() changes the input and its version; it returns the bits, or an undefined tensor where the output
+// itself is saved.
+void rebase_history(const at::Tensor& input, Gradients*, Keeping, c10::function_ref<at::Tensor()> overwrite);
+
+// Throws PyTorch's own errors for a tensor that may not be overwritten.
+void check_inplace(const at::Tensor& input, bool history);
 
 }  // namespace relu_ext

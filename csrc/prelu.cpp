@@ -3,7 +3,6 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/prelu.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "autograd.h"
 #include "backend.h"
@@ -74,11 +73,7 @@ variable_list definition(const Keeping& keeping, const Tensor& grad, const Tenso
 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor &kept = saved[0], &weight = saved[1];
-  const auto keys = effective_keys(grad), kept_keys = effective_keys(kept), weight_keys = effective_keys(weight);
-  const bool alike = kept_keys - keys::ours == keys - keys::ours && weight_keys - keys::ours == keys - keys::ours;
-  const bool history =
-      records_history(grad, keys) || records_history(kept, kept_keys) || records_history(weight, weight_keys);
-  if (road(grad, keys) != Road::kernel || !alike || history) return definition(keeping, grad, kept, weight, needs);
+  if (!all_plain(grad, saved)) return definition(keeping, grad, kept, weight, needs);
   const auto stride = C10_AS_INTARRAYREF_SLOW(keeping.stride);
   const Channels channels{weight.numel(),
                           weight.numel() == 1 ? std::max<int64_t>(grad.numel(), 1) : std::max<int64_t>(stride[1], 1)};
@@ -95,30 +90,25 @@ Tensor bits_under_modes(const Tensor& input) {
 }  // namespace
 
 std::optional<Tensor> apply_prelu(const Bound& bound, const Tensor& input, const Tensor& weight) {
-  const Road taken = road(*bound.operation, input, weight);
-  if (taken == Road::definition) return std::nullopt;
+  const Way way = way_of(*bound.operation, {&input, &weight});
+  if (way.road == Road::definition) return std::nullopt;
   const auto channels = channels_of(input, weight);
   if (!channels) return std::nullopt;
   const bool for_weight = records_history(weight, effective_keys(weight));
-  const bool history = for_weight || records_history(input, effective_keys(input));
-  if (taken == Road::operators && !history) return std::nullopt;
-  const bool with_bits = history && !for_weight;
+  if (way.road == Road::operators && !way.history) return std::nullopt;
+  const bool with_bits = way.history && !for_weight;
   const auto run = [&] {
     auto [output, bits] =
-        taken == Road::kernel ? forward(*channels, input, weight, with_bits) : below_autograd([&]() -> Outputs {
+        way.road == Road::kernel ? forward(*channels, input, weight, with_bits) : below_autograd([&]() -> Outputs {
           return {at::prelu(input, weight), with_bits ? bits_under_modes(input) : Tensor()};
         });
-    if (!history) return output;
+    if (!way.history) return output;
     const auto stride = output.sym_strides();
-    const auto [node, raw] =
-        make_node(gradients, {bound, with_bits ? Kept::bits : Kept::input, {stride.begin(), stride.end()}},
-                  {torch::autograd::impl::gradient_edge(input), torch::autograd::impl::gradient_edge(weight)});
-    torch::autograd::set_history(output, node);
-    raw->save(with_bits ? bits : input);
-    raw->save(weight);
+    set_history(output, gradients, {bound, with_bits ? Kept::bits : Kept::input, {stride.begin(), stride.end()}},
+                {&input, &weight}, {{with_bits ? bits : input}, {weight}});
     return output;
   };
-  return taken == Road::kernel ? recorded(bound, &Registered::recorded, {&input, &weight}, history, run) : run();
+  return way.road == Road::kernel ? recorded(bound, &Registered::recorded, {&input, &weight}, way.history, run) : run();
 }
 
 }  // namespace relu_ext

@@ -2,7 +2,6 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "autograd.h"
 #include "backend.h"
@@ -113,14 +112,7 @@ variable_list definition(const Tensor& grad, const Tensor& gate, const Tensor& u
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor& gate = saved[0];
   const Tensor up = saved.size() > 1 ? saved[1] : Tensor();
-  const auto keys = effective_keys(grad);
-  const auto differs = [&](const Tensor& tensor) {
-    const auto own = effective_keys(tensor);
-    return own - keys::ours != keys - keys::ours || records_history(tensor, own);
-  };
-  if (road(grad, keys) != Road::kernel || records_history(grad, keys) || differs(gate) ||
-      (up.defined() && (differs(up) || !fit(gate, up))))
-    return definition(grad, gate, up, needs);
+  if (!all_plain(grad, saved) || (up.defined() && !fit(gate, up))) return definition(grad, gate, up, needs);
   return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &gate}, false,
                   [&] { return backward(grad, gate, up, needs); });
 }
@@ -128,24 +120,19 @@ variable_list gradients(const Keeping& keeping, const Tensor& grad, const variab
 }  // namespace
 
 std::optional<Tensor> apply_reglu(const Bound& bound, const Tensor& gate, const Tensor& up) {
-  const Road taken = road(*bound.operation, gate, up);
-  if (taken == Road::definition || !fit(gate, up)) return std::nullopt;
-  const bool for_gate = records_history(gate, effective_keys(gate));
-  const bool history = for_gate || records_history(up, effective_keys(up));
-  if (taken == Road::operators && !history) return std::nullopt;
+  const Way way = way_of(*bound.operation, {&gate, &up});
+  if (way.road == Road::definition || !fit(gate, up)) return std::nullopt;
+  if (way.road == Road::operators && !way.history) return std::nullopt;
   const auto run = [&] {
     const Tensor output =
-        taken == Road::kernel ? forward(gate, up) : below_autograd([&] { return at::relu(gate).mul(up); });
-    if (!history) return output;
-    const auto [node, raw] =
-        make_node(gradients, {bound, Kept::input, {}},
-                  {torch::autograd::impl::gradient_edge(gate), torch::autograd::impl::gradient_edge(up)});
-    torch::autograd::set_history(output, node);
-    raw->save(gate);
-    if (for_gate) raw->save(up);
+        way.road == Road::kernel ? forward(gate, up) : below_autograd([&] { return at::relu(gate).mul(up); });
+    if (!way.history) return output;
+    c10::SmallVector<Saving, 2> saved{{gate}};
+    if (records_history(gate, effective_keys(gate))) saved.push_back({up});
+    set_history(output, gradients, {bound, Kept::input, {}}, {&gate, &up}, saved);
     return output;
   };
-  return taken == Road::kernel ? recorded(bound, &Registered::recorded, {&gate, &up}, history, run) : run();
+  return way.road == Road::kernel ? recorded(bound, &Registered::recorded, {&gate, &up}, way.history, run) : run();
 }
 
 }  // namespace relu_ext

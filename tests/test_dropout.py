@@ -36,11 +36,11 @@ def deviations(kept, p):
 
 
 def philox(counter, key):
-    """Philox4x32-10 of arrays of 32 bits in uint64."""
+    """Philox4x32-7 of arrays of 32 bits in uint64."""
     a, b, c, d = counter
     low, high = key
     mask = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
+    for _ in range(7):
         from_a, from_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
         a, b, c, d = (
             (from_c >> np.uint64(32)) ^ b ^ low,
@@ -53,11 +53,11 @@ def philox(counter, key):
 
 
 def test_philox_of_this_file():
-    """kat_vectors of Random123, philox4x32-10."""
+    """kat_vectors of Random123, philox4x32-7."""
     ones = np.uint64(0xFFFFFFFF)
     for word, expected in (
-        (np.uint64(0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (np.uint64(0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (ones, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     ):
         assert tuple(int(x) for x in philox((word,) * 4, (word,) * 2)) == expected
 
