@@ -532,4 +532,41 @@ CUDA_TARGETS = (
     Target("relu: kernels of a backward", 1, "relu", {"section": "kernels", "step": BACKWARD}, "kernels"),
     *KEPT_TARGETS,
 )
-TARGETS = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS}
+# What roofline.py measures: from 256K to 4M elements over a copy of the same bytes, past the cache, and against torch.
+FULL, HALF = ("float32", "float64"), ("bfloat16", "float16")
+BACKWARD_OR_BITS = (BACKWARD, "forward, with grad")
+
+
+def over_copy(name: str, limit: float, dtypes: tuple[str, ...], steps: tuple[str, ...] = BACKWARD_OR_BITS) -> Target:
+    where = {"elements": lambda count: 2**18 <= count <= 2**22, "pages": "as torch comes"}
+    where |= {"dtype": dtypes.__contains__, "step": steps.__contains__}
+    text = f"{name}: {' and '.join(steps)} over a copy, {', '.join(dtypes)}, 256K to 4M"
+    return Target(text, limit, name, where, "over_copy")
+
+
+def past_cache_over_copy(name: str) -> Target:
+    where = {"pages": "THP_MEM_ALLOC_ENABLE=1"}
+    return Target(f"{name}: over clone, 64 MB, huge pages for both", 1.25, name, where, "over_copy")
+
+
+def large_output(name: str) -> Target:
+    where = {"tensor_bytes": lambda size: size > PAST // 2, "pages": "as torch comes"}
+    return Target(
+        f"{name}: out of place, 64 MB, as torch comes", 1 / 2.5, name, where | {"step": lambda s: s != "in place"}
+    )
+
+
+ROOFLINE_TARGETS = (
+    *(over_copy(name, 1.1, FULL) for name in (*BITS, "add_relu")),
+    over_copy("relu", 1.2, HALF, BACKWARD_OR_BITS[1:]),
+    over_copy("relu", 0.9, HALF, BACKWARD_OR_BITS[:1]),
+    *(over_copy(name, 1.5, HALF) for name in ("relu6", "threshold")),
+    over_copy("leaky_relu", 2.0, HALF),
+    over_copy("add_relu", 1.8, HALF),
+    over_copy("elu", 2.5, ("float32",)),
+    *(past_cache_over_copy(o.name) for o in OPERATIONS if o.forward_passes),
+    *(large_output(o.name) for o in OPERATIONS if o.forward_passes),
+    Target("relu: against torch, bfloat16, 1M", 1 / 3, "relu", {"elements": SMALL, "dtype": "bfloat16"}),
+    *(Target(f"{o.name}: against torch, everywhere", 1.03, o.name, {}) for o in OPERATIONS if o.forward_passes),
+)
+TARGETS = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS, "roofline": ROOFLINE_TARGETS}

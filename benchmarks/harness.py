@@ -21,7 +21,9 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 BLOCK_SECONDS = 2e-2
 # No cache holds anything of what a call this long began with: nothing is to be warmed up.
 LONG_SECONDS = 1e-1
-LEAST_ROUNDS = 5
+# Where a virtual machine gives free memory back to its host, a huge page that it then gets again may take milliseconds:
+# so many rounds have a median without it.
+LEAST_ROUNDS = 9
 MOST_ROUNDS = 200
 PART = 2**18  # elements
 
@@ -40,6 +42,13 @@ def spread(samples: list[float]) -> Spread:
         torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     )
     return {"median": median.item(), "q20": low.item(), "q80": high.item()}
+
+
+def quotients(samples: dict[str, list[float]], of: str, over: str, factor: float = 1.0) -> Spread | None:
+    """One's time divided by `factor` times that of another, round by round."""
+    if over not in samples:
+        return None
+    return spread([a / (factor * b) for a, b in zip(samples[of], samples[over], strict=True)])
 
 
 def call_statement(call: Call) -> dict[str, Any]:

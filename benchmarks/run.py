@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
     add("--sizes", nargs="+", type=int, metavar="N", help="elements; default: 64 to past the cache, and networks")
     add("--threads", type=int, default=torch.get_num_threads(), help="of all but the host time; default: %(default)s")
-    add("--seconds", type=float, default=0.3, help="on a cell of a table, or five rounds; default: %(default)s")
+    add("--seconds", type=float, default=0.3, help="on a cell of a table, or nine rounds; default: %(default)s")
     add("--quick", action="store_true", help="few sizes, a third of the time, no torch.compile: a smoke test")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--no-host", dest="host", action="store_false", help="leave the host time per call out")
@@ -106,12 +106,6 @@ def compile_works(device: torch.device, console: Console) -> bool:
     return True
 
 
-def quotients(samples: dict[str, list[float]], name: str, factor: float = 1.0) -> harness.Spread | None:
-    """relu_ext's time over that of another, times `factor`, round by round."""
-    pairs = zip(samples[OURS], samples.get(name, ()), strict=False)
-    return harness.spread([ours / (factor * other) for ours, other in pairs]) if name in samples else None
-
-
 def timed(
     section: str, operation: Operation, step: str, dtype: str, shape: Shape, samples: dict, threads: int
 ) -> Record:
@@ -125,8 +119,8 @@ def timed(
         "threads": threads,
         "rounds": len(samples[OURS]),
         "seconds": {name: harness.spread(times) for name, times in samples.items()},
-        "ratio": quotients(samples, EAGER),
-        "compile_ratio": quotients(samples, COMPILED),
+        "ratio": harness.quotients(samples, OURS, EAGER),
+        "compile_ratio": harness.quotients(samples, OURS, COMPILED),
     }
 
 
@@ -202,7 +196,7 @@ def limits(
         "bytes_moved": passes * grad.nbytes,
         "copy_limit_seconds": copy,
         "copy_fraction": copy / medians[OURS],
-        "over_copy": quotients(samples, best, passes / 2),
+        "over_copy": harness.quotients(samples, OURS, best, passes / 2),
     }
 
 
