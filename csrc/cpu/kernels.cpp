@@ -25,9 +25,10 @@ void forward(const Forward& work, int64_t begin, int64_t end) {
     using T = decltype(element);
     const auto input = static_cast<const T*>(work.input);
     const auto output = static_cast<T*>(work.output);
-    const auto bits = work.bits;
-    vectorised([=](auto isa) RELU_EXT_INLINE_LAMBDA {
-      forward_loops<decltype(isa)::value>(act, input, output, bits, begin, end);
+    with_bits<decltype(act)>(work.bits, [=](auto bits) {
+      vectorised([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+        forward_loops<decltype(isa)::value>(act, input, output, bits, begin, end);
+      });
     });
   });
 }
