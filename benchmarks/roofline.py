@@ -35,7 +35,7 @@ WITH_GRAD, INPLACE = "forward, with grad", "in place"
 STEPS = (FORWARD, WITH_GRAD, BACKWARD, INPLACE)
 ALL_DTYPES = {"float32": torch.float32, "float64": torch.float64, **DTYPES}
 SIZES = [2**6, 2**12, 2**16, 2**18, 2**20, 2**22]
-COPY = "copy"
+COPY, NODE = "copy", "relu_ext, node alone"
 STOCK, HUGE = "as torch comes", "THP_MEM_ALLOC_ENABLE=1"
 MEASURED = [operation for operation in OPERATIONS if operation.forward_passes]
 Record = dict[str, Any]
@@ -55,6 +55,12 @@ def copy_of(grad: torch.Tensor, count: float, step: str) -> Call:
     return Call(torch.empty_like(source).copy_, (source,)) if step == INPLACE else Call(torch.clone, (source,))
 
 
+def node_alone(operation: Operation, problem: harness.Problem) -> dict[str, Call]:
+    """The backward without autograd's engine, which a model pays once for all its layers."""
+    output = operation.function.ours(*problem.leaves())
+    return {NODE: Call(output.grad_fn, (problem.grad,))} if harness.is_one_node(output.grad_fn) else {}
+
+
 def calls(operation: Operation, step: str, problem: harness.Problem) -> dict[str, Call] | None:
     """None where there is no such step."""
     functions = dict(zip((OURS, EAGER), operation.function, strict=True))
@@ -66,7 +72,8 @@ def calls(operation: Operation, step: str, problem: harness.Problem) -> dict[str
         return {side: Call(function, (first.clone(), *others)) for side, function in pairs}
     if step == WITH_GRAD:
         return {side: Call(function, problem.leaves()) for side, function in functions.items()}
-    return harness.step_calls(step, functions, problem)
+    found = harness.step_calls(step, functions, problem)
+    return found | node_alone(operation, problem) if step == BACKWARD else found
 
 
 def records(operation: Operation, dtype: str, elements: int, pages: str, options: Any) -> Iterator[Record]:
@@ -94,7 +101,7 @@ def records(operation: Operation, dtype: str, elements: int, pages: str, options
                 "tensor_bytes": grad.nbytes,
                 "bytes_moved": count * grad.nbytes,
                 "seconds": {name: harness.spread(times) for name, times in samples.items()},
-                "over_copy": harness.quotients(samples, OURS, COPY),
+                "over_copy": harness.quotients(samples, NODE if NODE in samples else OURS, COPY),
                 "ratio": harness.quotients(samples, OURS, EAGER),
             }
 

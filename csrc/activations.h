@@ -72,8 +72,9 @@ struct Hardtanh {
     const X x = as<X>(input);
     return not_at_most(x, below) & not_at_least(x, above);
   }
-  // Selected twice, where g++ makes more of a single selection by keep.
+  // By bounds rather than by keep, of which g++ makes its comparisons again.
   RELU_EXT_INLINE T forward(T input, bool) const {
+    if constexpr (std::is_floating_point_v<T>) return at_most_or_nan(at_least_or_nan(input, low), high);
     const X x = as<X>(input);
     const T bounded = select(not_at_least(x, above), input, high);
     return select(not_at_most(x, below), bounded, low);

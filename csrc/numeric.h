@@ -50,6 +50,16 @@ RELU_EXT_INLINE bool not_at_least(Float16<infinity> value, Float16<infinity> bou
   return (bound.rank() > value.rank()) | value.is_nan();
 }
 
+// The greater and the lesser of both, or a value that is NaN: one instruction of x86, whose second operand this is.
+template <class X>
+RELU_EXT_INLINE X at_least_or_nan(X value, X bound) {
+  return bound > value ? bound : value;
+}
+template <class X>
+RELU_EXT_INLINE X at_most_or_nan(X value, X bound) {
+  return bound < value ? bound : value;
+}
+
 // !(value <= 0)
 RELU_EXT_INLINE bool not_at_most_0(float value) { return !(value <= 0); }
 RELU_EXT_INLINE bool not_at_most_0(double value) { return !(value <= 0); }
