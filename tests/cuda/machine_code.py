@@ -1,6 +1,6 @@
 """The machine code of the shipped kernels, without a GPU: python machine_code.py [ARCHITECTURE ... | all].
 
-Compiles csrc/cuda/*.cu for each architecture (80 and 90 unless named), warnings and spills being errors, and
+Compiles csrc/cuda/*.cu for each architecture (90 unless named), warnings and spills being errors, and
 disassembles it. In every kernel with several vectors a thread, which are those for large tensors, the path of a full
 tile must be straight, with nothing but 128-bit loads and stores of elements and the bytes of bits, and all loads must
 be under way before the first value is waited for.
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-DEFAULT = ["80", "90"]
+DEFAULT = ["90"]
 # Instructions from the first load to the last, of which there are up to eight: addresses, and what the scheduler puts
 # between them.
 MAX_SPREAD = 32
@@ -349,19 +349,27 @@ def disassembled(nvdisasm: str, cubin: Path) -> dict[str, Code]:
     return {name: Code(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def results(nvcc: str, nvdisasm: str, arch: str, csrc: Path = CSRC) -> list[Result]:
-    registers, code = {}, {}
+def results_of(nvcc: str, nvdisasm: str, arch: str, source: Path) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((csrc / "cuda").glob("*.cu")):
-            cubin = Path(folder) / f"{source.stem}.cubin"
-            registers |= compiled(nvcc, arch, source, cubin)
-            code |= disassembled(nvdisasm, cubin)
+        cubin = Path(folder) / f"{source.stem}.cubin"
+        registers = compiled(nvcc, arch, source, cubin)
+        code = disassembled(nvdisasm, cubin)
     found = []
     for mangled, name in zip(code, demangled(list(code)), strict=True):
         if kernel := Kernel.named(name):
             path = code[mangled].batch() if kernel.has_loop else code[mangled].full_tile()
             found.append(Result(arch, kernel, registers[mangled], path, problems(kernel, arch, path)))
-    return sorted(found, key=lambda result: result.kernel.title)
+    return found
+
+
+def results(nvcc: str, nvdisasm: str, archs: list[str], csrc: Path = CSRC) -> list[Result]:
+    """The largest source first: all others compile beside it."""
+    sources = sorted((csrc / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size)
+    jobs = [(arch, source) for source in sources for arch in archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda job: results_of(nvcc, nvdisasm, *job), jobs)
+        found = [result for part in parts for result in part]
+    return sorted(found, key=lambda result: (int(result.arch), result.kernel.title))
 
 
 def find_nvcc() -> str | None:
@@ -403,10 +411,7 @@ def main(archs: list[str]) -> int:
         return 0
     nvdisasm = find_nvdisasm()
     archs = known_archs(nvcc) if archs == ["all"] else archs or DEFAULT
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        all_results = [
-            result for part in pool.map(lambda arch: results(nvcc, nvdisasm, arch), archs) for result in part
-        ]
+    all_results = results(nvcc, nvdisasm, archs)
     print_table(all_results)
     bad = sum(bool(result.problems) for result in all_results)
     print(f"{len(all_results)} kernels, {bad} of them not as they should be")

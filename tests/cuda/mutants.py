@@ -62,7 +62,7 @@ def by_machine_code(csrc: Path) -> str | None:
     """The first complaint, or None."""
     nvcc, nvdisasm = machine_code.find_nvcc(), machine_code.find_nvdisasm()
     try:
-        results = machine_code.results(nvcc, nvdisasm, "90", csrc)
+        results = machine_code.results(nvcc, nvdisasm, ["90"], csrc)
     except machine_code.Refused as refused:
         return next(line for line in str(refused).splitlines() if line.startswith("ptxas"))
     return next((problem for result in results for problem in result.problems), None)
