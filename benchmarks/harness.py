@@ -58,8 +58,8 @@ def call_statement(call: Call) -> dict[str, Any]:
     return {"stmt": f"f({', '.join(names)})", "globals": variables}
 
 
-def wall_clock(call: Call, threads: int) -> Sampler:
-    """The time until the result is there, for the CPU."""
+def wall_clock(call: Call, threads: int, block: float = BLOCK_SECONDS) -> Sampler:
+    """The time until the result is there, for the CPU; from as many calls as take `block` seconds."""
     timer = Timer(**call_statement(call), num_threads=threads)
     estimate = timer.blocked_autorange(min_run_time=1e-9).median
     if estimate > LONG_SECONDS:
@@ -70,16 +70,18 @@ def wall_clock(call: Call, threads: int) -> Sampler:
                 return bare.timeit(1) / call.layers
 
         return sample
-    if estimate > BLOCK_SECONDS:
+    if estimate > block:
         # One call to warm up and one that counts; Timer.timeit would warm up with two.
-        return lambda: timer.blocked_autorange(min_run_time=BLOCK_SECONDS).median / call.layers
-    estimate = timer.timeit(max(1, int(BLOCK_SECONDS / 4 / estimate))).median
-    number = max(1, int(BLOCK_SECONDS / estimate))
+        return lambda: timer.blocked_autorange(min_run_time=block).median / call.layers
+    estimate = timer.timeit(max(1, int(block / 4 / estimate))).median
+    number = max(1, int(block / estimate))
     return lambda: timer.timeit(number).median / call.layers
 
 
-def measure(calls: dict[str, Call], seconds: float, sampler: Callable[[Call], Sampler]) -> dict[str, list[float]]:
-    """Seconds per layer of each call, one number per round.
+def measure(
+    calls: dict[str, Call], seconds: float, sampler: Callable[[Call], Sampler], least: int = LEAST_ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds per layer of each call, one number per round, of which there are at least so many.
 
     The competitors take turns in a new order each round, so that a change of clock or a neighbour on the machine
     meets all of them, and the numbers of one round can be divided by each other.
@@ -89,7 +91,7 @@ def measure(calls: dict[str, Call], seconds: float, sampler: Callable[[Call], Sa
     order, shuffle = list(calls), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     for done in range(MOST_ROUNDS):
-        if done >= LEAST_ROUNDS and time.perf_counter() > end:
+        if done >= least and time.perf_counter() > end:
             break
         shuffle(order)
         for name in order:

@@ -2,8 +2,9 @@
 
 Every operation, dtype, size and number of threads: forward, forward with grad (which also writes what backward needs)
 and backward, in turns with torch and with a copy of as many bytes. What allocates its output is compared with `clone`,
-what overwrites its input with `copy_`, whose output is there. Tensors past the cache are measured twice, the second
-time under THP_MEM_ALLOC_ENABLE=1, with which torch too asks for huge pages.
+what overwrites its input with `copy_`, whose output is there. Tensors past the cache are measured with all threads
+only, and twice: the second time under THP_MEM_ALLOC_ENABLE=1, with which torch too asks for huge pages. All of it takes
+a quarter of an hour on 2 cores; --operations, --dtypes and --quick choose parts.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ WITH_GRAD, INPLACE = "forward, with grad", "in place"
 STEPS = (FORWARD, WITH_GRAD, BACKWARD, INPLACE)
 ALL_DTYPES = {"float32": torch.float32, "float64": torch.float64, **DTYPES}
 SIZES = [2**6, 2**12, 2**16, 2**18, 2**20, 2**22]
+BLOCK_SECONDS = 2e-3  # thousands of cells: shorter than run.py's
 COPY, NODE = "copy", "relu_ext, node alone"
 STOCK, HUGE = "as torch comes", "THP_MEM_ALLOC_ENABLE=1"
 MEASURED = [operation for operation in OPERATIONS if operation.forward_passes]
@@ -86,10 +88,11 @@ def records(operation: Operation, dtype: str, elements: int, pages: str, options
             continue
         count = passes(operation, step, grad.itemsize)
         competitors[COPY] = copy_of(grad, count, step)
-        for threads in options.threads:
-            sampler = partial(harness.wall_clock, threads=threads)
+        past_cache = grad.nbytes >= PAST
+        for threads in [max(options.threads)] if past_cache else options.threads:
+            sampler = partial(harness.wall_clock, threads=threads, block=BLOCK_SECONDS)
             with torch.set_grad_enabled(step != BACKWARD):
-                samples = harness.measure(competitors, options.seconds, sampler)
+                samples = harness.measure(competitors, options.seconds, sampler, least=9 if past_cache else 5)
             yield {
                 "section": "roofline",
                 "operation": operation.name,
@@ -169,7 +172,7 @@ def parse() -> argparse.Namespace:
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
     add("--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="elements; default: 64 to 4M, and 64 MB")
     add("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}), help="default: 1 and all")
-    add("--seconds", type=float, default=0.1, help="on a cell, or nine rounds; default: %(default)s")
+    add("--seconds", type=float, default=0.05, help="on a cell, or five rounds, nine past the cache")
     add("--quick", action="store_true", help="nothing past the cache")
     add("--only-huge-pages", action="store_true", help=argparse.SUPPRESS)
     add("--json", type=Path, default=RESULTS, help="default: %(default)s")
