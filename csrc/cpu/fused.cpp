@@ -37,13 +37,13 @@ template <Isa isa, class T, class Parts, class Activation, class Values, class I
 RELU_EXT_INLINE void forward_loop(Activation act, Values values, X factor, const Inputs& input, X* output,
                                   const uint8_t* drawn, uint8_t* bits, int64_t first, int64_t count, int64_t total) {
   using W = Word<X>;
-  constexpr int lanes = Masks<isa>::template lanes<W>;
+  constexpr int word = 8 * sizeof(W), lanes = Masks<isa>::template lanes<W>;
   for_blocks<64>(0, count, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
     uint64_t kept = 0, left = 0;
     if constexpr (Parts::dropout) left = load_bits(drawn, first + i, count, total);
     for_vectors<lanes>(count, [=, &kept](int part, int count) RELU_EXT_INLINE_LAMBDA {
       alignas(64) W mask[lanes] = {};
-      const W own = W(left >> part);
+      const W own = W(left >> part / word * word);
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const int64_t k = i + part + j;
@@ -56,7 +56,7 @@ RELU_EXT_INLINE void forward_loop(Activation act, Values values, X factor, const
         W own_mask = keep ? W(-1) : W(0);
         if constexpr (Parts::dropout) {
           // What is not kept is 0, like what is dropped: one mask does for both.
-          own_mask &= (own & single<W>.bit[j]) != 0 ? W(-1) : W(0);
+          own_mask &= (own & single<W>.bit[part % word + j]) != 0 ? W(-1) : W(0);
           output[k] = bit_cast<X>(bit_cast<W>(act.forward(before, true) * factor) & own_mask);
         } else {
           output[k] = act.forward(before, keep);
@@ -97,11 +97,11 @@ void forward_parts(Activation act, const Fused& work, int64_t begin, int64_t end
   });
 }
 
-// What a backward pass has beside grad and what was kept.
-template <Kept kept_, bool scale_, bool input_, bool dropout_>
+// What a backward pass has beside grad and what was kept, and whether it sums over channels.
+template <Kept kept_, bool scale_, bool input_, bool sums_, bool dropout_ = false>
 struct BackwardParts {
   static constexpr Kept kept = kept_;
-  static constexpr bool scale = scale_, input = input_, dropout = dropout_;
+  static constexpr bool scale = scale_, input = input_, sums = sums_, dropout = dropout_;
 };
 
 // Terms of the sums over channels, of a part.
@@ -115,18 +115,19 @@ template <Isa isa, class Parts, class Activation, class Values, class Inputs, cl
 RELU_EXT_INLINE void backward_loop(Activation act, Values values, X factor, const Inputs& input, const Outputs& output,
                                    const uint8_t* bits, Terms<X> terms, int64_t first, int64_t count, int64_t total) {
   using W = Word<X>;
-  constexpr int lanes = Masks<isa>::vector / int(sizeof(W));
+  constexpr int word = 8 * sizeof(W), lanes = Masks<isa>::vector / int(sizeof(W));
   for_blocks<64>(0, count, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
     uint64_t kept = 0;
     if constexpr (Parts::kept == Kept::bits) kept = load_bits(bits, first + i, count, total);
     for_vectors<lanes>(count, [=](int part, int count) RELU_EXT_INLINE_LAMBDA {
-      const W own = W(kept >> part);
+      // As wide as an element: vectors of one word test it against other constants, and share it in a register.
+      const W own = W(kept >> part / word * word);
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const int64_t k = i + part + j;
         bool keep;
         if constexpr (Parts::kept == Kept::bits)
-          keep = (own & single<W>.bit[j]) != 0;
+          keep = (own & single<W>.bit[part % word + j]) != 0;
         else
           keep = act.keep(input[1][k]);
         X masked = act.backward(input[0][k], keep);
@@ -137,7 +138,7 @@ RELU_EXT_INLINE void backward_loop(Activation act, Values values, X factor, cons
         } else {
           output[0][k] = masked;
         }
-        if constexpr (!Parts::dropout) terms.shift[first + k] = masked;
+        if constexpr (Parts::sums) terms.shift[first + k] = masked;
         if constexpr (Parts::input) terms.scale[first + k] = masked * input[1][k];
       }
     });
@@ -182,11 +183,12 @@ void backward_parts(Activation act, const FusedBackward& work, double* sums, int
 // body(BackwardParts{}) with those of this work.
 template <class Body>
 void with_backward_parts(const FusedBackward& work, Body body) {
-  if (work.factor) return body(BackwardParts<Kept::bits, false, false, true>{});
-  if (work.kept_as == Kept::output) return body(BackwardParts<Kept::output, false, false, false>{});
-  if (work.scale && work.input) return body(BackwardParts<Kept::bits, true, true, false>{});
+  if (work.factor) return body(BackwardParts<Kept::bits, false, false, false, true>{});
+  if (work.kept_as == Kept::output) return body(BackwardParts<Kept::output, false, false, true>{});
+  if (work.scale && work.input) return body(BackwardParts<Kept::bits, true, true, true>{});
+  if (work.scale && work.grad_shift) return body(BackwardParts<Kept::bits, true, false, true>{});
   if (work.scale) return body(BackwardParts<Kept::bits, true, false, false>{});
-  body(BackwardParts<Kept::bits, false, false, false>{});
+  body(BackwardParts<Kept::bits, false, false, true>{});
 }
 
 // body(T{}, act): computed in X, whatever T is.
