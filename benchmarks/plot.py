@@ -1,4 +1,5 @@
-"""Draws a JSON of run.py as PNG pictures: speed-ups, bandwidth, bytes kept, and each function with its derivative."""
+"""Draws a JSON of run.py as PNG pictures: speed-ups, bandwidth, bytes kept, and each function with its derivative; one
+of roofline.py as tables in colour."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import machine
 import matplotlib
+import numpy
 import report
 
 matplotlib.use("Agg")
@@ -238,7 +240,34 @@ def curves(results: Record, path: Path) -> None:
     save(figure, results, "Value and derivative, by autograd", path)
 
 
+def roofline(results: Record, dtype: str, path: Path) -> None:
+    """A row for each operation and step, a column for each size and number of threads, as roofline.py prints them."""
+    found = rows(results, "roofline", dtype=dtype)
+    place = {(r["pages"].startswith("THP"), r["elements"], r["threads"]): r for r in found}
+    columns, lines = sorted(place), list(dict.fromkeys((r["operation"], r["step"]) for r in found))
+    values = numpy.full((len(lines), len(columns)), numpy.nan)
+    for r in found:
+        column = columns.index((r["pages"].startswith("THP"), r["elements"], r["threads"]))
+        values[lines.index((r["operation"], r["step"])), column] = r["over_copy"]["median"]
+    figure, axes = plt.subplots(figsize=(3 + 0.55 * len(columns), 1.2 + 0.21 * len(lines)), layout="constrained")
+    image = axes.imshow(numpy.log2(values), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
+    for (line, column), value in numpy.ndenumerate(values):
+        if not numpy.isnan(value):
+            axes.text(column, line, f"{value:.2g}", ha="center", va="center", fontsize=6.5)
+    names = [f"{size_name(size)}\n{threads}t{' huge' if huge else ''}" for huge, size, threads in columns]
+    axes.set_xticks(range(len(columns)), names, fontsize=8)
+    axes.set_yticks(range(len(lines)), [f"{operation}, {step}" for operation, step in lines], fontsize=8)
+    axes.grid(False)
+    bar = figure.colorbar(image, ticks=range(-2, 3), shrink=0.4)
+    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+    save(figure, results, f"Time over that of a copy of the same bytes, {dtype}", path)
+
+
 def draw(results: Record, out: Path, name: str) -> None:
+    if dtypes := dict.fromkeys(record["dtype"] for record in rows(results, "roofline")):
+        for dtype in dtypes:
+            roofline(results, dtype, out / f"{name}-{dtype}.png")
+        return
     speed = rows(results, "speed")
     for operation in dict.fromkeys(record["operation"] for record in speed):
         records = rows(results, "speed", operation=operation)
@@ -271,7 +300,9 @@ def results_in(path: Path) -> list[Path]:
 def main() -> None:
     folder = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", nargs="*", type=Path, help="what run.py wrote, or its folder; default: results")
+    parser.add_argument(
+        "json", nargs="*", type=Path, help="what run.py or roofline.py wrote, or its folder; default: results"
+    )
     parser.add_argument("--out", type=Path, help="folder for the pictures; default: beside the JSON")
     options = parser.parse_args()
     found = [path for given in options.json or [folder] for path in results_in(given)]
