@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,8 @@ def roofline(results: Record, dtype: str, path: Path) -> None:
     image = axes.imshow(numpy.log2(values), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
     for (line, column), value in numpy.ndenumerate(values):
         if not numpy.isnan(value):
-            axes.text(column, line, f"{value:.2g}", ha="center", va="center", fontsize=6.5)
+            colour = "white" if abs(math.log2(value)) > 1.3 else "black"
+            axes.text(column, line, f"{value:.2g}", ha="center", va="center", fontsize=6.5, color=colour)
     names = [f"{size_name(size)}\n{threads}t{' huge' if huge else ''}" for huge, size, threads in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8)
     axes.set_yticks(range(len(lines)), [f"{operation}, {step}" for operation, step in lines], fontsize=8)
