@@ -533,26 +533,28 @@ CUDA_TARGETS = (
     *KEPT_TARGETS,
 )
 # What roofline.py measures: from 256K to 4M elements over a copy of the same bytes, past the cache, and against torch.
+WITH_GRAD = "forward, with grad"
+STOCK, HUGE = "as torch comes", "THP_MEM_ALLOC_ENABLE=1"  # pages of large tensors
 FULL, HALF = ("float32", "float64"), ("bfloat16", "float16")
-BACKWARD_OR_BITS = (BACKWARD, "forward, with grad")
+BACKWARD_OR_BITS = (BACKWARD, WITH_GRAD)
 
 
 def over_copy(name: str, limit: float, dtypes: tuple[str, ...], steps: tuple[str, ...] = BACKWARD_OR_BITS) -> Target:
-    where = {"elements": lambda count: 2**18 <= count <= 2**22, "pages": "as torch comes"}
+    where = {"elements": lambda count: 2**18 <= count <= 2**22, "pages": STOCK}
     where |= {"dtype": dtypes.__contains__, "step": steps.__contains__}
     text = f"{name}: {' and '.join(steps)} over a copy, {', '.join(dtypes)}, 256K to 4M"
     return Target(text, limit, name, where, "over_copy")
 
 
 def past_cache_over_copy(name: str) -> Target:
-    where = {"pages": "THP_MEM_ALLOC_ENABLE=1"}
+    where = {"pages": HUGE}
     return Target(f"{name}: over clone, 64 MB, huge pages for both", 1.25, name, where, "over_copy")
 
 
 def large_output(name: str) -> Target:
-    where = {"tensor_bytes": lambda size: size > PAST // 2, "pages": "as torch comes"}
+    where = {"tensor_bytes": lambda size: size > PAST // 2, "pages": STOCK}
     return Target(
-        f"{name}: out of place, 64 MB, as torch comes", 1 / 2.5, name, where | {"step": lambda s: s != "in place"}
+        f"{name}: out of place, 64 MB, as torch comes", 1 / 2.5, name, where | {"step": lambda s: s != INPLACE}
     )
 
 

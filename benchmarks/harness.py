@@ -22,7 +22,7 @@ BLOCK_SECONDS = 2e-2
 # No cache holds anything of what a call this long began with: nothing is to be warmed up.
 LONG_SECONDS = 1e-1
 # Where a virtual machine gives free memory back to its host, a huge page that it then gets again may take milliseconds:
-# so many rounds have a median without it.
+# of so many rounds the median seldom is one with it.
 LEAST_ROUNDS = 9
 MOST_ROUNDS = 200
 PART = 2**18  # elements

@@ -17,7 +17,7 @@ import report
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from cases import COMPILED, DTYPES, EAGER, FUSED, OPERATIONS, OURS, SMALL, STEPS, size_name
+from cases import COMPILED, DTYPES, EAGER, FUSED, HUGE, OPERATIONS, OURS, SMALL, STEPS, size_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -244,11 +244,11 @@ def curves(results: Record, path: Path) -> None:
 def roofline(results: Record, dtype: str, path: Path) -> None:
     """A row for each operation and step, a column for each size and number of threads, as roofline.py prints them."""
     found = rows(results, "roofline", dtype=dtype)
-    place = {(r["pages"].startswith("THP"), r["elements"], r["threads"]): r for r in found}
-    columns, lines = sorted(place), list(dict.fromkeys((r["operation"], r["step"]) for r in found))
+    columns = sorted({(r["pages"] == HUGE, r["elements"], r["threads"]) for r in found})
+    lines = list(dict.fromkeys((r["operation"], r["step"]) for r in found))
     values = numpy.full((len(lines), len(columns)), numpy.nan)
     for r in found:
-        column = columns.index((r["pages"].startswith("THP"), r["elements"], r["threads"]))
+        column = columns.index((r["pages"] == HUGE, r["elements"], r["threads"]))
         values[lines.index((r["operation"], r["step"])), column] = r["over_copy"]["median"]
     figure, axes = plt.subplots(figsize=(3 + 0.55 * len(columns), 1.2 + 0.21 * len(lines)), layout="constrained")
     image = axes.imshow(numpy.log2(values), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")

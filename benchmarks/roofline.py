@@ -25,30 +25,41 @@ import harness
 import machine
 import report
 import torch
-from cases import BACKWARD, DTYPES, EAGER, FORWARD, OPERATIONS, OURS, PAST, Operation, size_name
+from cases import (
+    BACKWARD,
+    DTYPES,
+    EAGER,
+    FORWARD,
+    HUGE,
+    INPLACE,
+    OPERATIONS,
+    OURS,
+    PAST,
+    STOCK,
+    WITH_GRAD,
+    Operation,
+    size_name,
+)
 from harness import Call
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "latest-roofline.json"
-WITH_GRAD, INPLACE = "forward, with grad", "in place"
 STEPS = (FORWARD, WITH_GRAD, BACKWARD, INPLACE)
 ALL_DTYPES = {"float32": torch.float32, "float64": torch.float64, **DTYPES}
 SIZES = [2**6, 2**12, 2**16, 2**18, 2**20, 2**22]
 BLOCK_SECONDS = 2e-3  # thousands of cells: shorter than run.py's
 COPY, NODE = "copy", "relu_ext, node alone"
-STOCK, HUGE = "as torch comes", "THP_MEM_ALLOC_ENABLE=1"
 MEASURED = [operation for operation in OPERATIONS if operation.forward_passes]
 Record = dict[str, Any]
 
 
 def passes(operation: Operation, step: str, itemsize: int) -> float:
     """Tensors of the input's size that are read or written."""
-    bits = operation.bits / (8 * itemsize)
     if step == BACKWARD:
-        return operation.backward_passes + bits
-    return operation.forward_passes + (bits if step == WITH_GRAD else 0)
+        return operation.passes(BACKWARD, itemsize)
+    return operation.forward_passes + (operation.bits / (8 * itemsize) if step == WITH_GRAD else 0)
 
 
 def copy_of(grad: torch.Tensor, count: float, step: str) -> Call:
