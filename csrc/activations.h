@@ -36,14 +36,11 @@ RELU_EXT_INLINE X as(T value) {
     return widen(value);
 }
 
-// by_sign: whether keep looks at nothing but the input's sign.
-
 // max(input, 0); NaN passes, and so does its gradient, as in ATen's threshold_backward.
 template <class T, Device device>
 struct Relu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool by_sign = true;
   static constexpr bool computes = false;
   explicit Relu(const Scalars&) {}
 
@@ -57,7 +54,6 @@ template <class T, Device device>
 struct Hardtanh {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool by_sign = false;
   static constexpr bool computes = false;
   X below, above;  // the gradient stops at these, ...
   T low, high;     // ... the output at these: the same bounds, rounded as ATen's clamp rounds them
@@ -87,7 +83,6 @@ template <class T, Device device>
 struct Threshold {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool by_sign = false;
   static constexpr bool computes = false;
   X threshold;
   T value;
@@ -108,7 +103,6 @@ template <class T, Device device>
 struct LeakyRelu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool by_sign = true;
   static constexpr bool computes = true;
   Arithmetic<T> slope;
 
@@ -117,14 +111,12 @@ struct LeakyRelu {
 
   static RELU_EXT_INLINE bool keep(T input) { return is_positive(as<X>(input)); }
   RELU_EXT_INLINE T forward(T input, bool keep) const { return backward(input, keep); }
-  RELU_EXT_INLINE T backward(T grad, bool keep) const {
-    const T scaled = narrow<T>(widen(grad) * slope);
-    return select(keep, grad, scaled);
-  }
+  RELU_EXT_INLINE T backward(T grad, bool keep) const { return choose(keep, grad, narrow<T>(widen(grad) * slope)); }
+  static RELU_EXT_INLINE T choose(bool keep, T value, T product) { return select(keep, value, product); }
   // What this element adds to the slope's gradient.
-  RELU_EXT_INLINE Arithmetic<T> slope_gradient(T grad, T input, bool keep) const {
-    const Arithmetic<T> product = widen(grad) * widen(input);
-    return select(keep, Arithmetic<T>{}, product);
+  static RELU_EXT_INLINE Arithmetic<T> slope_gradient(Arithmetic<T> grad, Arithmetic<T> input) {
+    const Arithmetic<T> product = grad * input;
+    return select(is_positive(input), Arithmetic<T>{}, product);
   }
 };
 

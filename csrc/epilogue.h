@@ -32,17 +32,14 @@ auto with_parts(const Fused& work, Body body) {
   return body(Parts<false, false, true, false>{});
 }
 
-// What the activation is given, in the type that T is computed in; rounded to T, unless the activation asks for nothing
-// but the sign: a sum of two is then ATen's. Parts that are not there are not looked at.
-template <class T, class Parts, class Activation>
-RELU_EXT_INLINE Arithmetic<T> before_activation(Arithmetic<T> input, Arithmetic<T> scale, Arithmetic<T> shift,
-                                                Arithmetic<T> residual) {
-  Arithmetic<T> sum = input;
+// What the activation is given, yet to be rounded to T. Parts that are not there are not looked at.
+template <class Parts, class X>
+RELU_EXT_INLINE X before_activation(X input, X scale, X shift, X residual) {
+  X sum = input;
   if constexpr (Parts::scale) sum = sum * scale;
   if constexpr (Parts::shift) sum = sum + shift;
   if constexpr (Parts::residual) sum = sum + residual;
-  if constexpr (Activation::by_sign) return sum;
-  return rounded<T>(sum);
+  return sum;
 }
 
 // Four words of random bits: those of eight elements, or of as many times eight as a word of type W has lanes.

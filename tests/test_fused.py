@@ -1,5 +1,6 @@
 """ReLU fused with its neighbours: torch's values and gradients in any layout; what is kept; how they compose."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import relu_ext
+from relu_ext import _C
 
 
 def along(vector, input, dim):
@@ -71,6 +73,7 @@ SCALE = Row(relu_ext.scale_shift_relu, scaled, (True, True), "ScaleShiftReLUBack
 SCALE_ADD = Row(relu_ext.scale_shift_relu, scaled, (True, True, False), "ScaleShiftReLUBackward")
 ROWS = {"add_relu": ADD, "bias_relu": BIAS, "scale_shift_relu": SCALE, "scale_shift_relu, residual": SCALE_ADD}
 over_rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+over_vectors = pytest.mark.parametrize("row", [BIAS, SCALE], ids=["bias_relu", "scale_shift_relu"])
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -112,6 +115,12 @@ def assert_sums(ours, terms, dim, dtype):
     bound = truth.abs() * unit + size * min(unit, torch.finfo(torch.float32).eps) + smallest
     assert ours.dtype == dtype and ours.shape == truth.shape
     assert ((ours.double() - truth).abs() <= bound).all()
+
+
+def sums_of(row, inputs, grad):
+    """The gradients of the vectors."""
+    _, *gradients = results(row.ours, inputs, grad)
+    return [gradient for gradient, vector in zip(gradients[1:], row.vectors, strict=True) if vector]
 
 
 def assert_near(row, output, inputs, dim=1):
@@ -199,9 +208,9 @@ def test_layouts(device, row, dtype, lay_out, shape, dim, isa):
 @over_rows
 @over_dtypes
 def test_every_length(device, row, dtype, isa):
-    """Around the vectors, the blocks of 64 and the chunks of 512 elements."""
+    """Around the vectors, the blocks of 64 and the chunks of 1024 elements."""
     make = maker(moderate, dtype=dtype, device=device)
-    for columns in (*range(1, 70), 127, 511, 512, 513, 1025):
+    for columns in (*range(1, 70), 127, 511, 512, 513, 1023, 1024, 1025):
         for shape in ((3, columns), (1, 2, columns)):
             assert_right(row, row.inputs(make, shape), make(*shape, seed=9))
 
@@ -235,6 +244,21 @@ def test_special_values(device, row, dtype, isa):
     assert_same(gradients[0], masked * along(inputs[1], grad, 1))
     for residual in gradients[3:]:
         assert_same(residual, masked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_gradient_where_the_sum_rounds_to_zero(device, dtype, isa):
+    """As in torch, whose relu sees the rounded sum."""
+    half_of_least = round(math.log2(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2))
+    multiples = torch.tensor([-2, -1, -0.5, 0.5, 1, 1.5, 2]).repeat(20).view(1, -1)
+    input = (multiples * 2.0 ** (half_of_least // 2)).to(device, dtype)
+    scale = input.new_full(input.shape[1:], 2.0 ** (half_of_least - half_of_least // 2))
+    inputs, grad = [input, scale, torch.zeros_like(scale)], torch.ones_like(input)
+    output, *gradients = results(relu_ext.scale_shift_relu, inputs, grad)
+    expected, *theirs = results(scaled, inputs, grad)
+    assert ((output == 0) & (input > 0)).any() and (output > 0).any()
+    assert_same(output, expected)
+    assert_same(gradients[0], theirs[0])
 
 
 @over_rows
@@ -294,6 +318,18 @@ def test_gradient_of_another_layout(device, row):
             assert torch.equal(a, b) and a.stride() == b.stride()
 
 
+@over_vectors
+@over_dtypes
+@pytest.mark.parametrize("shape", [(3, 5, 1100), (2100, 130), (300, 7)], ids=str)
+def test_sums_are_the_same_for_every_instruction_set(row, dtype, shape, isa):
+    make = maker(moderate, dtype=dtype)
+    inputs, grad = row.inputs(make, shape), make(*shape, seed=9)
+    own = sums_of(row, inputs, grad)
+    _C.set_isa("portable")
+    for a, b in zip(own, sums_of(row, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+
+
 @over_rows
 @pytest.mark.parametrize("shape", [(64, 16, 40, 40), (1 << 17, 10), (1 << 20, 1)], ids=str)
 def test_sums_are_the_same_on_any_number_of_threads(row, shape):
@@ -308,8 +344,8 @@ def test_sums_are_the_same_on_any_number_of_threads(row, shape):
         assert torch.equal(first, second) and torch.equal(second, third)
 
 
-@pytest.mark.parametrize("row", [BIAS, SCALE], ids=["bias_relu", "scale_shift_relu"])
-@pytest.mark.parametrize("shape, dim", [((10, 2, 500_000), 1), ((1_000_000, 10), 1)], ids=str)
+@over_vectors
+@pytest.mark.parametrize("shape, dim", [((10, 2, 500_000), 1), ((1_000_000, 10), 1), ((10_000, 1000), 1)], ids=str)
 def test_sums_of_ten_million(device, row, shape, dim):
     """In float32 not further from the truth than torch's, but for the last rounding."""
     inputs = [x.abs() for x in row.inputs(maker(moderate, device=device), shape, dim)]

@@ -9,8 +9,8 @@
 
 namespace relu_ext::cpu {
 
-constexpr int chunk = 1024;  // elements whose values or sums' terms are in memory at a time: in the first-level cache
-constexpr int padding = 64;  // what a block of `staged` may have beyond the end
+// Elements that go through one loop and then the next: in the first-level cache all the while.
+constexpr int64_t chunk = 1024;
 
 // The channel of element i, and how many elements from i on are of it; where inner is 1, of as many channels.
 struct Run {
@@ -30,67 +30,86 @@ inline Run following(const Channels& channels, const Run& run) {
 
 // body(run, i, count): count elements of that run, from i on.
 template <class Body>
-void for_runs(const Channels& channels, int64_t begin, int64_t end, Body body) {
+RELU_EXT_INLINE void for_runs(const Channels& channels, int64_t begin, int64_t end, Body body) {
   Run run = run_at(channels, begin);
   for (int64_t i = begin; i < end; i += run.length, run = following(channels, run))
     body(run, i, std::min(run.length, end - i));
 }
 
-// The values of `number` vectors, in the type that T is computed in: the same for all elements of a part, or an array
-// of those of each. value<k>(values, j): that of vector k for element j of the part.
-template <class X, size_t number>
+// The values of `number` vectors, the same for all elements of a part, or arrays of those of each element. value<k>
+// (values, in, j): that of vector k for element j, `in` beginning with the arrays, in the type that T is computed in.
+template <class T, size_t number>
 struct OfAll {
-  std::array<X, number> values;
+  static constexpr size_t of_each = 0;
+  std::array<Arithmetic<T>, number> values;
+  std::array<const T*, of_each> arrays;
 };
-template <class X, size_t number>
+template <class T, size_t number>
 struct OfEach {
-  std::array<const X*, number> values;
+  static constexpr size_t of_each = number;
+  std::array<const T*, of_each> arrays;
 };
-template <size_t k, class X, size_t number>
-RELU_EXT_INLINE X value(const OfAll<X, number>& of, int64_t) {
+template <size_t k, class T, size_t number, class In>
+RELU_EXT_INLINE Arithmetic<T> value(const OfAll<T, number>& of, const In&, int64_t) {
   return of.values[k];
 }
-template <size_t k, class X, size_t number>
-RELU_EXT_INLINE X value(const OfEach<X, number>& of, int64_t j) {
-  return of.values[k][j];
+template <size_t k, class T, size_t number, class In>
+RELU_EXT_INLINE Arithmetic<T> value(const OfEach<T, number>&, const In& in, int64_t j) {
+  return in[k][j];
+}
+// What `multiply` takes.
+template <class T>
+RELU_EXT_INLINE Arithmetic<T> factor_of(const OfAll<T, 1>& of) {
+  return of.values[0];
+}
+template <class T>
+RELU_EXT_INLINE const T* factor_of(const OfEach<T, 1>& of) {
+  return of.arrays[0];
+}
+
+// Those of both.
+template <class A, size_t n, size_t m>
+RELU_EXT_INLINE std::array<A, n + m> joined(const std::array<A, n>& first, const std::array<A, m>& second) {
+  std::array<A, n + m> all{};
+  for (size_t k = 0; k < n; ++k) all[k] = first[k];
+  for (size_t k = 0; k < m; ++k) all[n + k] = second[k];
+  return all;
 }
 
 template <class T, size_t number>
 class PerChannel {
-  using X = Arithmetic<T>;
   const Channels& channels;
   const std::array<const T*, number> vectors;
   int64_t begin, end;
-  std::array<std::vector<X>, number> repeated;
-  alignas(64) X several[number + 1][chunk + padding];  // + 1: there may be none
+  std::array<std::vector<T>, number> repeated;
+  alignas(64) T several[number + 1][chunk];  // + 1: there may be none
 
   // to[j] = that of element i + j.
-  void spread(const T* vector, int64_t i, int64_t count, X* to) const {
+  void spread(const T* vector, int64_t i, int64_t count, T* to) const {
     for_runs(channels, i, i + count, [&](const Run& run, int64_t j, int64_t length) {
       const auto own = vector + run.channel;
       if (channels.inner == 1)
-        std::transform(own, own + length, to + (j - i), [](T value) { return widen(value); });
+        std::copy_n(own, length, to + (j - i));
       else
-        std::fill_n(to + (j - i), length, widen(*own));
+        std::fill_n(to + (j - i), length, *own);
     });
   }
 
-  OfEach<X, number> from_repeated(int64_t i) const {
-    OfEach<X, number> of;
-    for (size_t k = 0; k < number; ++k) of.values[k] = repeated[k].data() + (i - begin) % channels.channels;
+  OfEach<T, number> from_repeated(int64_t i) const {
+    OfEach<T, number> of;
+    for (size_t k = 0; k < number; ++k) of.arrays[k] = repeated[k].data() + (i - begin) % channels.channels;
     return of;
   }
-  OfEach<X, number> spread_over(int64_t i, int64_t count) {
-    OfEach<X, number> of;
+  OfEach<T, number> spread_over(int64_t i, int64_t count) {
+    OfEach<T, number> of;
     for (size_t k = 0; k < number; ++k) {
       spread(vectors[k], i, count, several[k]);
-      std::fill_n(several[k] + count, padding, X{});
-      of.values[k] = several[k];
+      of.arrays[k] = several[k];
     }
     return of;
   }
-  OfAll<X, number> of_channel(int64_t channel) const {
-    OfAll<X, number> of;
+  OfAll<T, number> of_channel(int64_t channel) const {
+    OfAll<T, number> of;
     for (size_t k = 0; k < number; ++k) of.values[k] = widen(vectors[k][channel]);
     return of;
   }
@@ -103,13 +122,13 @@ class PerChannel {
     if (channels.inner != 1) return;
     const int64_t count = std::min(channels.channels + chunk, end - begin);
     for (size_t k = 0; k < number; ++k) {
-      repeated[k].resize(size_t(count + padding));
+      repeated[k].resize(size_t(count));
       spread(vectors[k], begin, count, repeated[k].data());
     }
   }
 
   // body(values, i, count): the range in parts of no more than `most` elements, each at a multiple of 64; as few of
-  // them as there can be with values of more than one channel.
+  // them as there can be with values of more than one channel, and those no longer than a chunk.
   template <class Body>
   void in_parts(int64_t most, Body body) {
     for (int64_t i = begin; i < end;) i += part(i, most, body);
@@ -122,10 +141,10 @@ class PerChannel {
     const int64_t left = end - i;
     if constexpr (number == 0) {
       const int64_t count = std::min(most, left);
-      body(OfAll<X, 0>{}, i, count);
+      body(OfAll<T, 0>{}, i, count);
       return count;
     } else if (channels.inner == 1) {
-      const int64_t count = std::min<int64_t>(chunk, left);
+      const int64_t count = std::min(chunk, left);
       body(from_repeated(i), i, count);
       return count;
     } else {
@@ -135,7 +154,7 @@ class PerChannel {
         if (count < left) count -= count % alignment;
         body(of_channel(run.channel), i, count);
       } else {
-        count = std::min<int64_t>(channels.inner < 2 * alignment ? chunk : alignment, left);
+        count = std::min(channels.inner < 2 * alignment ? chunk : alignment, left);
         body(spread_over(i, count), i, count);
       }
       return count;
@@ -162,18 +181,77 @@ RELU_EXT_INLINE double sum(const X* terms, int64_t count) {
   return total;
 }
 
-// sums[channel] += the terms of elements i to i + count - 1.
-template <class X>
-void gather(const Channels& channels, int64_t i, int64_t count, const X* terms, double* sums) {
-  for_runs(channels, i, i + count, [&](const Run& run, int64_t j, int64_t length) {
-    const X* const own = terms + (j - i);
-    double* const to = sums + run.channel;
-    if (channels.inner != 1) return vectorised([=](auto) RELU_EXT_INLINE_LAMBDA { *to += sum(own, length); });
-    vectorised([=](auto) RELU_EXT_INLINE_LAMBDA {
+// Sums over channels of terms that come a chunk at a time.
+template <class T>
+class Sums {
+  using X = Arithmetic<T>;
+  // Where channels are next to each other, so many rows are summed in float before they are added to the totals.
+  static constexpr int64_t most_rows = 16;
+  const Channels& channels;
+  double* const totals;
+  std::vector<float> rows;
+  int64_t in_rows = 0;  // elements
+  alignas(64) X wide[2][chunk];
+
+  // As floats in the elements' order, so that sums are the same for every instruction set.
+  template <Isa isa>
+  RELU_EXT_INLINE const X* in_order(const T* from, X* to, int64_t count) {
+    if constexpr (!is_16_bit<T>) return from;
+    int64_t i = 0;
+    if constexpr (std::is_same_v<T, half>) {
+      constexpr int block = Conversion<isa, T>::block;
+      for (; i + block <= count; i += block) Conversion<isa, T>::widen(from + i, to + i);
+    }
+    RELU_EXT_LANES
+    for (int64_t j = i; j < count; ++j) to[j] = widen(from[j]);
+    return to;
+  }
+
+  template <class To>
+  RELU_EXT_INLINE void add_rows(int64_t i, int64_t count, const X* own, To* to) {
+    for_runs(channels, i, i + count, [=](const Run& run, int64_t j, int64_t length) RELU_EXT_INLINE_LAMBDA {
       RELU_EXT_LANES
-      for (int64_t k = 0; k < length; ++k) to[k] += own[k];
+      for (int64_t k = 0; k < length; ++k) to[run.channel + k] += own[j - i + k];
     });
-  });
-}
+  }
+  RELU_EXT_INLINE void add(int64_t i, int64_t count, const X* own) {
+    if (channels.inner != 1)
+      return for_runs(channels, i, i + count, [&](const Run& run, int64_t j, int64_t length) RELU_EXT_INLINE_LAMBDA {
+        totals[run.channel] += sum(own + (j - i), length);
+      });
+    if (rows.empty()) return add_rows(i, count, own, totals);
+    add_rows(i, count, own, rows.data());
+    in_rows += count;
+    if (in_rows >= most_rows * channels.channels) add_to_totals();
+  }
+  void add_to_totals() {
+    std::transform(rows.begin(), rows.end(), totals, totals, [](float sum, double total) { return total + sum; });
+    std::fill(rows.begin(), rows.end(), 0.f);
+    in_rows = 0;
+  }
+
+ public:
+  // totals: one a channel, are added to. Null: nothing is summed.
+  Sums(const Channels& channels, double* totals) : channels(channels), totals(totals) {
+    const bool many = channels.inner == 1 && channels.channels * most_rows >= chunk;
+    if (totals && sizeof(X) == sizeof(float) && many) rows.resize(size_t(channels.channels));
+  }
+  ~Sums() { add_to_totals(); }
+
+  explicit operator bool() const { return totals; }
+
+  // The terms of elements i to i + count - 1, no more than a chunk: those of a, or term(of a, of b).
+  template <Isa isa>
+  RELU_EXT_INLINE void gather(int64_t i, int64_t count, const T* a) {
+    add(i, count, in_order<isa>(a, wide[0], count));
+  }
+  template <Isa isa, class Term>
+  RELU_EXT_INLINE void gather(int64_t i, int64_t count, Term term, const T* a, const T* b) {
+    const X *const first = in_order<isa>(a, wide[0], count), *const second = in_order<isa>(b, wide[1], count);
+    RELU_EXT_LANES
+    for (int64_t j = 0; j < count; ++j) wide[0][j] = term(first[j], second[j]);
+    add(i, count, wide[0]);
+  }
+};
 
 }  // namespace relu_ext::cpu

@@ -10,193 +10,162 @@
 namespace relu_ext::cpu {
 namespace {
 
-// Elements whose random bits are drawn before they are used.
-constexpr int64_t drawn_at_once = 4096;
-
-// The bits of elements i to i + count - 1 of `total`, i being a multiple of 8 and count no more than 64. A block of
-// `staged` may go beyond the end. By way of a register: what has been stored in parts keeps a load of the whole
-// waiting.
-RELU_EXT_INLINE uint64_t load_bits(const uint8_t* bits, int64_t i, int count, int64_t total) {
-  if (count == 8) return i < total ? bits[i / 8] : 0;
-  uint64_t kept = 0;
-  if (i < total) std::memcpy(&kept, bits + i / 8, (std::min<int64_t>(count, total - i) + 7) / 8);
-  return kept;
+// input * scale + shift + residual of element j, `in` being the arrays of values, of input and of residual.
+template <class Parts, class Values, class In>
+RELU_EXT_INLINE auto sum_of(const Values& values, const In& in, int64_t j) {
+  constexpr size_t own = Values::of_each;
+  std::decay_t<decltype(in[0][0])> scale{}, shift{}, residual{};
+  if constexpr (Parts::scale) scale = value<0>(values, in, j);
+  if constexpr (Parts::shift) shift = value<Parts::scale>(values, in, j);
+  if constexpr (Parts::residual) residual = in[own + 1][j];
+  return before_activation<Parts>(in[own][j], scale, shift, residual);
 }
-RELU_EXT_INLINE void store_bits(uint8_t* bits, int64_t i, int count, int64_t total, uint64_t kept) {
-  if (i + count <= total) {
-    std::memcpy(bits + i / 8, &kept, (count + 7) / 8);
-  } else if (i < total) {
-    kept &= ~uint64_t(0) >> (64 - (total - i));
-    std::memcpy(bits + i / 8, &kept, (total - i + 7) / 8);
+
+// Of 16-bit floats the sums are made first, in `output`, and the activation is one of 16-bit floats like any other.
+template <Isa isa, class Parts, class T, class Activation, class Values, size_t inputs, class Bits>
+RELU_EXT_INLINE void fused_loops(Activation act, const Values& values, const std::array<const T*, inputs>& input,
+                                 T* output, Bits bits, int64_t count) {
+  const auto sum = [=](const auto& in, int64_t j) RELU_EXT_INLINE_LAMBDA { return sum_of<Parts>(values, in, j); };
+  if constexpr (!is_16_bit<T>) {
+    selecting_loop<isa>(act, [=](int64_t j) RELU_EXT_INLINE_LAMBDA { return sum(input, j); }, output, bits, count);
+  } else if constexpr (Parts::scale || Parts::shift || Parts::residual) {
+    staged<isa>(input, std::array{output}, 0, count, [=](auto& in, auto& out, int64_t count) RELU_EXT_INLINE_LAMBDA {
+      RELU_EXT_LANES
+      for (int64_t j = 0; j < count; ++j) out[0][j] = sum(in, j);
+    });
+    forward_loops<isa>(act, output, output, bits, 0, count);
+  } else {
+    forward_loops<isa>(act, input[0], output, bits, 0, count);
   }
 }
 
-// Elements first to first + count - 1 of a part, in the type X that T is computed in. input: the arrays of input and,
-// where there is one, residual. bits may be null. drawn: where there is dropout.
-template <Isa isa, class T, class Parts, class Activation, class Values, class Inputs, class X>
-RELU_EXT_INLINE void forward_loop(Activation act, Values values, X factor, const Inputs& input, X* output,
-                                  const uint8_t* drawn, uint8_t* bits, int64_t first, int64_t count, int64_t total) {
-  using W = Word<X>;
-  constexpr int word = 8 * sizeof(W), lanes = Masks<isa>::template lanes<W>;
-  for_blocks<64>(0, count, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
-    uint64_t kept = 0, left = 0;
-    if constexpr (Parts::dropout) left = load_bits(drawn, first + i, count, total);
-    for_vectors<lanes>(count, [=, &kept](int part, int count) RELU_EXT_INLINE_LAMBDA {
-      alignas(64) W mask[lanes] = {};
-      const W own = W(left >> part / word * word);
-      RELU_EXT_LANES
-      for (int j = 0; j < count; ++j) {
-        const int64_t k = i + part + j;
-        X scale{}, shift{}, residual{};
-        if constexpr (Parts::scale) scale = value<0>(values, first + k);
-        if constexpr (Parts::shift) shift = value<Parts::scale>(values, first + k);
-        if constexpr (Parts::residual) residual = input[1][k];
-        const X before = before_activation<T, Parts, Activation>(input[0][k], scale, shift, residual);
-        const bool keep = act.keep(before);
-        W own_mask = keep ? W(-1) : W(0);
-        if constexpr (Parts::dropout) {
-          // What is not kept is 0, like what is dropped: one mask does for both.
-          own_mask &= (own & single<W>.bit[part % word + j]) != 0 ? W(-1) : W(0);
-          output[k] = bit_cast<X>(bit_cast<W>(act.forward(before, true) * factor) & own_mask);
-        } else {
-          output[k] = act.forward(before, keep);
-        }
-        mask[j] = own_mask;
-      }
-      kept |= uint64_t(Masks<isa>::bits(mask)) << part;
-    });
-    if (bits) store_bits(bits, first + i, count, total, kept);
+// What dropout leaves, and its gradient, in the place of the activation's: of an element that is not kept nothing.
+template <class T>
+struct Dropped {
+  static constexpr bool computes = true;
+  Arithmetic<T> factor;
+
+  RELU_EXT_INLINE T backward(T grad, bool keep) const { return choose(keep, grad, narrow<T>(widen(grad) * factor)); }
+  static RELU_EXT_INLINE T choose(bool keep, T, T product) { return select(keep, product, T{}); }
+};
+template <class T>
+RELU_EXT_INLINE Arithmetic<T> factors_from(const Dropped<T>& dropped, int64_t) {
+  return dropped.factor;
+}
+
+// Of more than a chunk, because drawing has to make its constants first: 0.95 of the time in bfloat16.
+constexpr int64_t drawn_at_once = 4096;
+
+// Drops from output and bits what has none of the bits drawn.
+template <Isa isa, class T, class Bits>
+RELU_EXT_INLINE void drop(const Dropout& dropout, int64_t i, int64_t count, T* output, Bits bits) {
+  alignas(64) uint8_t drawn[drawn_at_once / 8 + most_groups];
+  draw<isa>(dropout, i, count, drawn);
+  if constexpr (!std::is_same_v<Bits, NoBits>)
+    for (int64_t k = 0; k < bytes_of_bits(count); ++k) bits[k] &= drawn[k];
+  backward_loops<isa, Kept::bits>(Dropped<T>{Arithmetic<T>(dropout.factor)}, output, drawn, output, 0, count);
+}
+
+// body(isa, i, count) for elements begin to begin + count - 1, so many at a time.
+template <int64_t at_once, class Body>
+void in_chunks(int64_t begin, int64_t count, Body body) {
+  vectorised([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+    for (int64_t i = begin; i < begin + count; i += at_once) body(isa, i, std::min(at_once, begin + count - i));
   });
 }
 
-template <class T, class Parts, class Activation>
-void forward_parts(Activation act, const Fused& work, int64_t begin, int64_t end) {
-  using X = Arithmetic<T>;
+template <class T, class Parts, class Activation, class Bits>
+void forward_parts(Activation act, const Fused& work, Bits bits, int64_t begin, int64_t end) {
   const auto input = static_cast<const T*>(work.input), residual = static_cast<const T*>(work.residual);
-  const auto scale = static_cast<const T*>(work.scale), shift = static_cast<const T*>(work.shift);
   const auto output = static_cast<T*>(work.output);
   std::array<const T*, Parts::scale + Parts::shift> vectors{};
-  if constexpr (Parts::scale) vectors[0] = scale;
-  if constexpr (Parts::shift) vectors[Parts::scale] = shift;
-  alignas(64) uint8_t left[drawn_at_once / 8 + most_groups];
-  const X factor = X(work.dropout.factor);
+  if constexpr (Parts::scale) vectors[0] = static_cast<const T*>(work.scale);
+  if constexpr (Parts::shift) vectors[Parts::scale] = static_cast<const T*>(work.shift);
   PerChannel<T, vectors.size()> channels(work.channels, vectors, begin, end);
-  channels.in_parts(Parts::dropout ? drawn_at_once : end - begin, [&](auto values, int64_t i, int64_t count) {
-    std::array<const T*, 1 + Parts::residual> inputs{input + i};
-    if constexpr (Parts::residual) inputs[1] = residual + i;
-    const std::array outputs{output + i};
-    uint8_t *const drawn = left, *const bits = work.bits ? work.bits + i / 8 : nullptr;
-    if constexpr (Parts::dropout) draw(work.dropout, i, (count + 7) / 8 * 8, drawn);
-    vectorised([=, total = count](auto isa) RELU_EXT_INLINE_LAMBDA {
-      constexpr Isa own = decltype(isa)::value;
-      staged<own>(inputs, outputs, 0, total,
-                  [=](auto& in, auto& out, int64_t first, int64_t count) RELU_EXT_INLINE_LAMBDA {
-                    forward_loop<own, T, Parts>(act, values, factor, in, out[0], drawn, bits, first, count, total);
-                  });
-    });
+  channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
+    in_chunks<Parts::dropout ? drawn_at_once : chunk>(
+        first, count, [=, &work](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
+          constexpr Isa own = decltype(isa)::value;
+          const auto own_bits = bits_from(bits, i);
+          std::array<const T*, 1 + Parts::residual> inputs{input + i};
+          if constexpr (Parts::residual) inputs[1] = residual + i;
+          fused_loops<own, Parts>(act, values, joined(values.arrays, inputs), output + i, own_bits, count);
+          if constexpr (Parts::dropout) drop<own>(work.dropout, i, count, output + i, own_bits);
+        });
   });
 }
 
-// What a backward pass has beside grad and what was kept, and whether it sums over channels.
-template <Kept kept_, bool scale_, bool input_, bool sums_, bool dropout_ = false>
+// masked and masked * scale.
+template <Isa isa, class T, class Activation, class Values>
+RELU_EXT_INLINE void backward_scaled(Activation act, const Values& scale, const T* grad, const uint8_t* bits, T* masked,
+                                     T* scaled, int64_t count) {
+  if constexpr (is_16_bit<T>) {
+    backward_loops<isa, Kept::bits>(act, grad, bits, masked, 0, count);
+    multiply<isa>(masked, factor_of(scale), scaled, count);
+  } else {
+    const auto store = [=](int64_t k, T value) RELU_EXT_INLINE_LAMBDA {
+      masked[k] = value;
+      scaled[k] = value * cpu::value<0>(scale, scale.arrays, k);
+    };
+    backward_bits_loop<isa>(act, grad, bits, store, 0, count);
+  }
+}
+
+// What a backward pass is made from, beside grad.
+template <Kept kept_, bool scale_, bool dropout_ = false>
 struct BackwardParts {
   static constexpr Kept kept = kept_;
-  static constexpr bool scale = scale_, input = input_, sums = sums_, dropout = dropout_;
+  static constexpr bool scale = scale_, dropout = dropout_;
 };
-
-// Terms of the sums over channels, of a part.
-template <class X>
-struct Terms {
-  X *scale, *shift;
-};
-
-// input: the arrays of grad, then of the input or of the output that was kept. output: of grad_input, grad_residual.
-template <Isa isa, class Parts, class Activation, class Values, class Inputs, class Outputs, class X>
-RELU_EXT_INLINE void backward_loop(Activation act, Values values, X factor, const Inputs& input, const Outputs& output,
-                                   const uint8_t* bits, Terms<X> terms, int64_t first, int64_t count, int64_t total) {
-  using W = Word<X>;
-  constexpr int word = 8 * sizeof(W), lanes = Masks<isa>::vector / int(sizeof(W));
-  for_blocks<64>(0, count, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
-    uint64_t kept = 0;
-    if constexpr (Parts::kept == Kept::bits) kept = load_bits(bits, first + i, count, total);
-    for_vectors<lanes>(count, [=](int part, int count) RELU_EXT_INLINE_LAMBDA {
-      // As wide as an element: vectors of one word test it against other constants, and share it in a register.
-      const W own = W(kept >> part / word * word);
-      RELU_EXT_LANES
-      for (int j = 0; j < count; ++j) {
-        const int64_t k = i + part + j;
-        bool keep;
-        if constexpr (Parts::kept == Kept::bits)
-          keep = (own & single<W>.bit[part % word + j]) != 0;
-        else
-          keep = act.keep(input[1][k]);
-        X masked = act.backward(input[0][k], keep);
-        if constexpr (Parts::dropout) masked = select(keep, masked * factor, X{});
-        if constexpr (Parts::scale) {
-          output[0][k] = masked * value<0>(values, first + k);
-          output[1][k] = masked;
-        } else {
-          output[0][k] = masked;
-        }
-        if constexpr (Parts::sums) terms.shift[first + k] = masked;
-        if constexpr (Parts::input) terms.scale[first + k] = masked * input[1][k];
-      }
-    });
-  });
-}
 
 template <class T, class Parts, class Activation>
-void backward_parts(Activation act, const FusedBackward& work, double* sums, int64_t begin, int64_t end) {
-  using X = Arithmetic<T>;
-  const auto grad = static_cast<const T*>(work.grad);
-  const auto other = static_cast<const T*>(Parts::input ? work.input : work.kept);
-  const auto bits = static_cast<const uint8_t*>(work.kept);
+void backward_parts(Activation act, const FusedBackward& work, double* totals, int64_t begin, int64_t end) {
+  const auto grad = static_cast<const T*>(work.grad), input = static_cast<const T*>(work.input);
   const auto grad_input = static_cast<T*>(work.grad_input), grad_residual = static_cast<T*>(work.grad_residual);
+  T* const to_masked = Parts::scale ? grad_residual : grad_input;
   std::array<const T*, Parts::scale> vectors{};
   if constexpr (Parts::scale) vectors[0] = static_cast<const T*>(work.scale);
-  double* const of_scale = work.grad_scale ? sums : nullptr;
-  double* const of_shift = work.grad_shift ? sums + (of_scale ? work.channels.channels : 0) : nullptr;
-  const X factor = X(work.factor);
-  T unwanted[chunk];
-  alignas(64) X terms[2][chunk + padding];
-  const Terms<X> to{terms[0], terms[1]};
+  double* const of_scale = work.grad_scale ? totals : nullptr;
+  double* const of_shift = work.grad_shift ? totals + (of_scale ? work.channels.channels : 0) : nullptr;
+  Sums<T> scale_sums(work.channels, of_scale), shift_sums(work.channels, of_shift);
+  const auto product = [](auto grad, auto input) RELU_EXT_INLINE_LAMBDA { return grad * input; };
   PerChannel<T, Parts::scale> channels(work.channels, vectors, begin, end);
-  channels.in_parts(chunk, [&](auto values, int64_t i, int64_t count) {
-    constexpr bool second = Parts::input || Parts::kept == Kept::output;
-    std::array<const T*, 1 + second> inputs{grad + i};
-    if constexpr (second) inputs[1] = other + i;
-    std::array<T*, 1 + Parts::scale> outputs{grad_input ? grad_input + i : unwanted};
-    if constexpr (Parts::scale) outputs[1] = grad_residual ? grad_residual + i : unwanted;
-    const uint8_t* const own_bits = Parts::kept == Kept::bits ? bits + i / 8 : nullptr;
-    vectorised([=, total = count](auto isa) RELU_EXT_INLINE_LAMBDA {
-      constexpr Isa own = decltype(isa)::value;
-      staged<own>(inputs, outputs, 0, total,
-                  [=](auto& in, auto& out, int64_t first, int64_t count) RELU_EXT_INLINE_LAMBDA {
-                    backward_loop<own, Parts>(act, values, factor, in, out, own_bits, to, first, count, total);
-                  });
-    });
-    if (of_scale) gather(work.channels, i, count, to.scale, of_scale);
-    if (of_shift) gather(work.channels, i, count, to.shift, of_shift);
+  channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
+    in_chunks<chunk>(
+        first, count, [=, &work, &scale_sums, &shift_sums](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
+          constexpr Isa own = decltype(isa)::value;
+          alignas(64) T unwanted[2][chunk];
+          T* const masked = to_masked ? to_masked + i : unwanted[0];
+          const auto bits = static_cast<const uint8_t*>(work.kept) + i / 8;
+          if constexpr (Parts::dropout)
+            backward_loops<own, Kept::bits>(Dropped<T>{Arithmetic<T>(work.factor)}, grad + i, bits, masked, 0, count);
+          else if constexpr (Parts::scale)
+            backward_scaled<own>(act, values, grad + i, bits, masked, grad_input ? grad_input + i : unwanted[1], count);
+          else if constexpr (Parts::kept == Kept::bits)
+            backward_loops<own, Kept::bits>(act, grad + i, bits, masked, 0, count);
+          else
+            backward_by_value_loops<own>(act, grad + i, static_cast<const T*>(work.kept) + i, masked, count);
+          if (scale_sums) scale_sums.template gather<own>(i, count, product, masked, input + i);
+          if (shift_sums) shift_sums.template gather<own>(i, count, masked);
+        });
   });
 }
 
 // body(BackwardParts{}) with those of this work.
 template <class Body>
 void with_backward_parts(const FusedBackward& work, Body body) {
-  if (work.factor) return body(BackwardParts<Kept::bits, false, false, false, true>{});
-  if (work.kept_as == Kept::output) return body(BackwardParts<Kept::output, false, false, true>{});
-  if (work.scale && work.input) return body(BackwardParts<Kept::bits, true, true, true>{});
-  if (work.scale && work.grad_shift) return body(BackwardParts<Kept::bits, true, false, true>{});
-  if (work.scale) return body(BackwardParts<Kept::bits, true, false, false>{});
-  body(BackwardParts<Kept::bits, false, false, true>{});
+  if (work.factor) return body(BackwardParts<Kept::bits, false, true>{});
+  if (work.kept_as == Kept::output) return body(BackwardParts<Kept::output, false>{});
+  if (work.scale) return body(BackwardParts<Kept::bits, true>{});
+  body(BackwardParts<Kept::bits, false>{});
 }
 
-// body(T{}, act): computed in X, whatever T is.
+// body(T{}, act) with the types of this work.
 template <class Work, class Body>
 void with_fused(const Work& work, Body body) {
   with_dtype(work.dtype, [&](auto element) {
-    with_fused_activation<Arithmetic<decltype(element)>, Device::cpu>(work.activation, work.scalars,
-                                                                      [&](auto act) { body(element, act); });
+    with_fused_activation<decltype(element), Device::cpu>(work.activation, work.scalars,
+                                                          [&](auto act) { body(element, act); });
   });
 }
 
@@ -204,7 +173,11 @@ void with_fused(const Work& work, Body body) {
 
 void fused(const Fused& work, int64_t begin, int64_t end) {
   with_fused(work, [&](auto element, auto act) {
-    with_parts(work, [&](auto parts) { forward_parts<decltype(element), decltype(parts)>(act, work, begin, end); });
+    with_parts(work, [&](auto parts) {
+      with_bits<decltype(act)>(work.bits, [&](auto bits) {
+        forward_parts<decltype(element), decltype(parts)>(act, work, bits, begin, end);
+      });
+    });
   });
 }
 

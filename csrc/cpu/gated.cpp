@@ -51,15 +51,15 @@ RELU_EXT_INLINE void gradients(const GatedBackward& work, int64_t row, int64_t b
   const T *grad = row_of<T>(work.grad, row), *gate = row_of<T>(work.gate, row);
   if (!work.grad_gate.data)
     return staged<isa>(std::array{gate, grad}, std::array{row_of<T>(work.grad_up, row)}, begin, end,
-                       [](auto& in, auto& out, int64_t, int64_t count)
+                       [](auto& in, auto& out, int64_t count)
                            RELU_EXT_INLINE_LAMBDA { gated_loop(in[0], in[1], out[0], count); });
   const std::array inputs{grad, gate, row_of<T>(work.up, row)};
   if (!work.grad_up.data)
     return staged<isa>(inputs, std::array{row_of<T>(work.grad_gate, row)}, begin, end,
-                       [](auto& in, auto& out, int64_t, int64_t count)
+                       [](auto& in, auto& out, int64_t count)
                            RELU_EXT_INLINE_LAMBDA { grad_gate_loop(in[0], in[1], in[2], out[0], count); });
   staged<isa>(inputs, std::array{row_of<T>(work.grad_gate, row), row_of<T>(work.grad_up, row)}, begin, end,
-              [](auto& in, auto& out, int64_t, int64_t count)
+              [](auto& in, auto& out, int64_t count)
                   RELU_EXT_INLINE_LAMBDA { gradients_loop(in[0], in[1], in[2], out[0], out[1], count); });
 }
 
@@ -72,7 +72,7 @@ void gated(const Gated& work, int64_t begin, int64_t end) {
       for_rows(work.columns, begin, end, [&](int64_t row, int64_t begin, int64_t end) RELU_EXT_INLINE_LAMBDA {
         const std::array inputs{row_of<T>(work.gate, row), row_of<T>(work.up, row)};
         staged<decltype(isa)::value>(inputs, std::array{row_of<T>(work.output, row)}, begin, end,
-                                     [](auto& in, auto& out, int64_t, int64_t count)
+                                     [](auto& in, auto& out, int64_t count)
                                          RELU_EXT_INLINE_LAMBDA { gated_loop(in[0], in[1], out[0], count); });
       });
     });

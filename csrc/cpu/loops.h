@@ -127,21 +127,33 @@ template <class T>
 struct Slopes {
   static constexpr bool keeps_bits = true;
   static constexpr bool computes = true;
-  const Arithmetic<T>* slope;
+  const T* slope;
 };
 template <class T>
 RELU_EXT_INLINE LeakyRelu<T, Device::cpu> at(Slopes<T> slopes, int64_t i) {
-  return LeakyRelu<T, Device::cpu>(slopes.slope[i]);
+  return LeakyRelu<T, Device::cpu>(widen(slopes.slope[i]));
 }
 
-template <class T, class Activation>
-RELU_EXT_INLINE void forward_loop(Activation act, const T* input, T* output, int64_t begin, int64_t end) {
+// Element k of an array, as a function of k.
+template <class T>
+RELU_EXT_INLINE auto elements(const T* input) {
+  return [=](int64_t k) RELU_EXT_INLINE_LAMBDA { return input[k]; };
+}
+
+template <class T>
+RELU_EXT_INLINE auto into(T* output) {
+  return [=](int64_t k, T value) RELU_EXT_INLINE_LAMBDA { output[k] = value; };
+}
+
+// input(k): element k, in memory or made on the way.
+template <class T, class Activation, class Input>
+RELU_EXT_INLINE void forward_loop(Activation act, Input input, T* output, int64_t begin, int64_t end) {
   RELU_EXT_LANES
-  for (int64_t i = begin; i < end; ++i) output[i] = output_of(at(act, i), input[i]);
+  for (int64_t i = begin; i < end; ++i) output[i] = output_of(at(act, i), input(i));
 }
 
-template <Isa isa, class T, class Activation>
-RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output, uint8_t* bits, int64_t begin,
+template <Isa isa, class T, class Activation, class Input>
+RELU_EXT_INLINE void forward_bits_loop(Activation act, Input input, T* output, uint8_t* bits, int64_t begin,
                                        int64_t end) {
   using W = Word<T>;
   constexpr int lanes = Masks<isa>::template lanes<W>;
@@ -152,7 +164,7 @@ RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const int64_t k = i + first + j;
-        const T x = input[k];
+        const T x = input(k);
         const bool keep = at(act, k).keep(x);
         output[k] = at(act, k).forward(x, keep);
         mask[j] = keep ? W(-1) : W(0);
@@ -163,9 +175,10 @@ RELU_EXT_INLINE void forward_bits_loop(Activation act, const T* input, T* output
   });
 }
 
-template <Isa isa, Kept, class T, class Activation>
-RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const uint8_t* bits, T* output, int64_t begin,
-                                   int64_t end) {
+// store(k, gradient of element k)
+template <Isa isa, class T, class Activation, class Store>
+RELU_EXT_INLINE void backward_bits_loop(Activation act, const T* grad, const uint8_t* bits, Store store, int64_t begin,
+                                        int64_t end) {
   using W = Word<T>;
   constexpr int word = 8 * sizeof(W), lanes = std::min(word, Masks<isa>::vector / int(sizeof(W)));
   for_blocks<64>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
@@ -175,13 +188,13 @@ RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const uint8_t*
       RELU_EXT_LANES
       for (int j = 0; j < count; ++j) {
         const int64_t k = i + first + j;
-        output[k] = at(act, k).backward(grad[k], (kept[first / word] & single<W>.bit[first % word + j]) != 0);
+        store(k, at(act, k).backward(grad[k], (kept[first / word] & single<W>.bit[first % word + j]) != 0));
       }
     });
   });
 }
 
-template <Isa, Kept kept, class T, class Activation>
+template <Kept kept, class T, class Activation>
 RELU_EXT_INLINE void backward_loop(Activation act, const T* grad, const T* value, T* output, int64_t begin,
                                    int64_t end) {
   RELU_EXT_LANES

@@ -102,19 +102,17 @@ struct Random<Isa::avx512> : Random<Isa::avx2> {};
 
 constexpr int most_groups = 16;  // that an instruction set draws at once
 
-// Bit i of `drawn`: whether dropout leaves element begin + i. begin is a multiple of 64, count of 8; up to most_groups
-// - 1 bytes more are written.
-inline void draw(const Dropout& dropout, int64_t begin, int64_t count, uint8_t* drawn) {
-  vectorised([=, &dropout](auto isa) RELU_EXT_INLINE_LAMBDA {
-    using Own = Random<decltype(isa)::value>;
-    static_assert(Own::groups <= most_groups);
-    const uint64_t end = uint64_t(begin + count) / 8;
-    uint8_t* next = drawn;
-    for (uint64_t group = uint64_t(begin) / 8, stop; group < end; next += stop - group, group = stop) {
-      stop = std::min(end, (group | ~uint32_t(0)) + 1);
-      Own::draw(dropout.stream, group, stop, dropout.last, next);
-    }
-  });
+// Bit i of `drawn`: whether dropout leaves element begin + i. begin is a multiple of 8, count no more than elements
+// have bits in `drawn`, of which up to most_groups - 1 bytes more are written.
+template <Isa isa>
+void draw(const Dropout& dropout, int64_t begin, int64_t count, uint8_t* drawn) {
+  using Own = Random<isa>;
+  static_assert(Own::groups <= most_groups);
+  const uint64_t end = uint64_t(begin + count + 7) / 8;
+  for (uint64_t group = uint64_t(begin) / 8, stop; group < end; drawn += stop - group, group = stop) {
+    stop = std::min(end, (group | ~uint32_t(0)) + 1);
+    Own::draw(dropout.stream, group, stop, dropout.last, drawn);
+  }
 }
 
 }  // namespace relu_ext::cpu

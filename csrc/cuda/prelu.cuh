@@ -47,7 +47,7 @@ struct SlopeGradients {
       const LeakyRelu<T, Device::cuda> act(widen(weights.lane[j]));
       const T x = loaded.input.lane[j], g = loaded.grad.lane[j];
       const bool keep = act.keep(x);
-      totals[0][j] += act.slope_gradient(g, x, keep);
+      totals[0][j] += act.slope_gradient(widen(g), widen(x));
       loaded.grad.lane[j] = act.backward(g, keep);
     }
     if (output) store<Hint::none, aligned>(output + element, count, loaded.grad);
