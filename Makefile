@@ -1,6 +1,7 @@
 # make bench        builds all it needs and runs the benchmark        make test    the same for the tests
 # make check        style, and the CUDA kernels proved without a GPU   make format  applies the style
-# make check-all    the same for every GPU that nvcc knows             make clean   removes what was built
+# make check-all    the same for every GPU that nvcc knows, planted bugs, the portable CPU kernels on x86-64 and aarch64
+# make clean        removes what was built
 # make gpu          on a machine with a GPU: build, tests, compute-sanitizer, benchmark; ARGS names parts
 # make cuda-build   builds and imports the CUDA extension where there is no GPU, against a CUDA torch
 #
@@ -42,7 +43,7 @@ CUDA_TORCH := torch==2.11.0
 # Tests run in as many processes, where there is what that takes.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
-.PHONY: test bench build check check-style check-cuda check-all cuda-build gpu format clean
+.PHONY: test bench build check check-style check-cuda check-portable check-all cuda-build gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 
@@ -83,10 +84,14 @@ check-cuda: .venv-check/ready $(BUILT)
 	$(CHECK)/python tests/cuda/mutants.py $(MUTANTS)
 	$(PY) tests/cuda/pretend/run.py $(WORKERS)
 
+# What g++ makes of the kernels without their instruction sets, for this processor and another: three minutes.
+check-portable: .venv-check/ready
+	$(CHECK)/python tests/portable/check.py
+
 check-all: ARCHS := all
 check-all: ONE_ORDER :=
 check-all: MUTANTS :=
-check-all: check
+check-all: check check-portable
 
 cuda-build:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.version.cuda)' 2>/dev/null; then \
