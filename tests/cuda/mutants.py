@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "backward is the wrong way round",
         MATHS,
-        "return select(keep, grad, scaled);",
-        "return select(!keep, grad, scaled);",
+        "return select(keep, value, product);",
+        "return select(!keep, value, product);",
     ),
     Mutant("the lower bound passes", MATHS, "return not_at_most(x, below) &", "return !(x < below) &"),
     Mutant(
