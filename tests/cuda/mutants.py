@@ -102,7 +102,7 @@ MUTANTS = [
         ": as<X>(narrow<T>(Arithmetic<T>(scalars[0])))),",
         ": X(Arithmetic<T>(scalars[0]))),",
     ),
-    Mutant("the slope reaches what is kept", MATHS, "return select(keep, grad, scaled);", "return scaled;"),
+    Mutant("the slope reaches what is kept", MATHS, "return select(keep, value, product);", "return product;"),
     Mutant(
         "rounded towards zero",
         "numeric.h",
@@ -203,7 +203,12 @@ MUTANTS = [
     Mutant("the quotient is one less", "cuda/division.h", "/ uint64_t(value)) + 1;", "/ uint64_t(value));"),
     Mutant("channels do not repeat", CHANNELS, "channel + 1 == channels.value ? 0 : channel + 1", "channel + 1"),
     Mutant("a run is one longer", CHANNELS, "const bool next = left == 0;", "const bool next = left < 0;"),
-    Mutant("the sums' mask is dropped", MATHS, "return select(keep, Arithmetic<T>{}, product);", "return product;"),
+    Mutant(
+        "the sums' mask is dropped",
+        MATHS,
+        "return select(is_positive(input), Arithmetic<T>{}, product);",
+        "return product;",
+    ),
     Mutant("a column's channel is that of its first element", SUMS, "column * lanes + j);", "column * lanes);"),
     Mutant("a part is lost", SUMS, "i < parts * inner.value;", "i < (parts - 1) * inner.value;"),
     Mutant("the last of a part is lost", SUMS, "item + k * step >= end ? 0", "item + k * step + 1 >= end ? 0"),
