@@ -465,9 +465,9 @@ def in_cache(name: str, step: str, limit: float, *dtypes: str) -> Target:
     return Target(f"{name}: {', '.join((what, *dtypes))}, 1M", limit, name, where)
 
 
-def past_cache(name: str, step: str, limit: float, dtype: str) -> Target:
+def past_cache(name: str, step: str, limit: float) -> Target:
     what = step.replace("forward + backward", "fwd + bwd")
-    return Target(f"{name}: {what}, {dtype}, 64 MB and more", limit, name, large(step, PAST, dtype=dtype))
+    return Target(f"{name}: {what}, 64 MB and more", limit, name, large(step, PAST))
 
 
 BITS = tuple(operation.name for operation in FAMILY if operation.bits)
@@ -499,10 +499,10 @@ FAMILY_CPU_TARGETS = (
 )
 FUSED_TRAINING = {"add_relu": 0.7, "bias_relu": 0.6, "scale_shift_relu": 0.5, "scale_shift_add_relu": 0.5}
 FUSED_CPU_TARGETS = (
-    *(in_cache(name, TRAINING, limit, "float32") for name, limit in FUSED_TRAINING.items()),
-    *(past_cache(name, TRAINING, limit, "float32") for name, limit in FUSED_TRAINING.items()),
-    in_cache("relu_dropout", FORWARD, 0.03, "float32"),
-    in_cache("relu_dropout", TRAINING, 0.05, "float32"),
+    *(in_cache(name, TRAINING, limit) for name, limit in FUSED_TRAINING.items()),
+    *(past_cache(name, TRAINING, limit) for name, limit in FUSED_TRAINING.items()),
+    in_cache("relu_dropout", FORWARD, 0.03),
+    in_cache("relu_dropout", TRAINING, 0.05),
     Target("linear_relu: every shape and step", 1.0, "linear_relu", {"section": "speed"}),
 )
 CPU_TARGETS = (
