@@ -178,8 +178,7 @@ struct Reglu {
   }
   template <class X>
   static RELU_EXT_INLINE X grad_gate(X grad, X gate, X up) {
-    const X product = grad * up;
-    return select(gate <= 0, X{}, product);
+    return masked(!(gate <= 0), X(grad * up));
   }
   template <class X>
   static RELU_EXT_INLINE X grad_up(X grad, X gate) {

@@ -125,6 +125,14 @@ RELU_EXT_INLINE T select(bool keep, T a, T b) {
   return bit_cast<T>(keep ? bits_a : bits_b);
 }
 
+// keep ? value : 0, by a mask. Of a selection g++ makes a load, where keep is true alone, of what value is computed
+// from: with that from memory just stored, reglu's backward took 1.2 times as long in 16 bits.
+template <class T>
+RELU_EXT_INLINE T masked(bool keep, T value) {
+  const Word<T> mask = keep ? Word<T>(-1) : Word<T>(0);
+  return bit_cast<T>(Word<T>(bit_cast<Word<T>>(value) & mask));
+}
+
 // widen<T>: the same value in the type that T is computed in. narrow<T>: to T, to the nearest, ties to even; a NaN
 // stays one. No step makes a subnormal float, so torch.set_flush_denormal changes nothing.
 RELU_EXT_INLINE float widen(float value) { return value; }

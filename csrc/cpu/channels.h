@@ -11,6 +11,9 @@ namespace relu_ext::cpu {
 
 // Elements that go through one loop and then the next: in the first-level cache all the while.
 constexpr int64_t chunk = 1024;
+// Elements of a channel next to each other: of fewer, values are spread over a chunk; of more, each run is a part, and
+// what is left of it. At 14 x 14 parts took 1.3 times as long in 16 bits, and as long in float32.
+constexpr int64_t few = 512;
 
 // The channel of element i, and how many elements from i on are of it; where inner is 1, of as many channels.
 struct Run {
@@ -76,13 +79,23 @@ RELU_EXT_INLINE std::array<A, n + m> joined(const std::array<A, n>& first, const
   return all;
 }
 
+// `value`, `length` times, and up to a vector more.
+constexpr int repeat_bytes = 16;
+template <class T>
+void repeat(T value, int64_t length, T* to) {
+  using W = Word<T>;
+  typedef W Vector __attribute__((vector_size(repeat_bytes), aligned(sizeof(W)), may_alias));
+  const Vector all = bit_cast<W>(value) - Vector{};
+  for (int64_t k = 0; k < length; k += repeat_bytes / sizeof(W)) *reinterpret_cast<Vector*>(to + k) = all;
+}
+
 template <class T, size_t number>
 class PerChannel {
   const Channels& channels;
   const std::array<const T*, number> vectors;
   int64_t begin, end;
   std::array<std::vector<T>, number> repeated;
-  alignas(64) T several[number + 1][chunk];  // + 1: there may be none
+  alignas(64) T several[number + 1][chunk + repeat_bytes / sizeof(T)];  // + 1: there may be none
 
   // to[j] = that of element i + j.
   void spread(const T* vector, int64_t i, int64_t count, T* to) const {
@@ -91,7 +104,7 @@ class PerChannel {
       if (channels.inner == 1)
         std::copy_n(own, length, to + (j - i));
       else
-        std::fill_n(to + (j - i), length, *own);
+        repeat(*own, length, to + (j - i));
     });
   }
 
@@ -154,7 +167,7 @@ class PerChannel {
         if (count < left) count -= count % alignment;
         body(of_channel(run.channel), i, count);
       } else {
-        count = std::min(channels.inner < 2 * alignment ? chunk : alignment, left);
+        count = std::min(channels.inner < few ? chunk : alignment, left);
         body(spread_over(i, count), i, count);
       }
       return count;
@@ -174,6 +187,7 @@ RELU_EXT_INLINE double sum(const X* terms, int64_t count) {
     const Vector* const own = reinterpret_cast<const Vector*>(terms + j);
     a += own[0], b += own[1], c += own[2], d += own[3], e += own[4], f += own[5], g += own[6], h += own[7];
   }
+  for (; j + lanes <= count; j += lanes) a += *reinterpret_cast<const Vector*>(terms + j);
   const Vector all = ((a + b) + (c + d)) + ((e + f) + (g + h));
   double total = 0;
   for (int lane = 0; lane < lanes; ++lane) total += all[lane];

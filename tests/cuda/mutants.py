@@ -187,7 +187,7 @@ MUTANTS = [
         "select(value <= 0, grad * (below * input_scale * input_scale),",
     ),
     Mutant("relu_squared's gradient is not doubled", MATHS, "grad * root * 2;", "grad * root;"),
-    Mutant("reglu's mask is dropped", MATHS, "return select(gate <= 0, X{}, product);", "return product;"),
+    Mutant("reglu's mask is dropped", MATHS, "return masked(!(gate <= 0), X(grad * up));", "return grad * up;"),
     Mutant("the stride of a row is its columns", GATED, "data + element + row * gap", "data + element"),
     Mutant("the row of a neighbour", GATED, "columns.quotient(Part::element(k))", "columns.quotient(Part::element(0))"),
     Mutant(
