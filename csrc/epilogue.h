@@ -42,6 +42,16 @@ RELU_EXT_INLINE X before_activation(X input, X scale, X shift, X residual) {
   return sum;
 }
 
+// What dropout leaves of a value, given its product with dropout's factor.
+template <class T>
+RELU_EXT_INLINE T left_of(bool keep, T product) {
+  return select(keep, product, T{});
+}
+template <class T>
+RELU_EXT_INLINE T left_of(T value, bool keep, Arithmetic<T> factor) {
+  return left_of(keep, narrow<T>(widen(value) * factor));
+}
+
 // Four words of random bits: those of eight elements, or of as many times eight as a word of type W has lanes.
 template <class W>
 struct Words {

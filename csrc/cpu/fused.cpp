@@ -45,8 +45,8 @@ struct Dropped {
   static constexpr bool computes = true;
   Arithmetic<T> factor;
 
-  RELU_EXT_INLINE T backward(T grad, bool keep) const { return choose(keep, grad, narrow<T>(widen(grad) * factor)); }
-  static RELU_EXT_INLINE T choose(bool keep, T, T product) { return select(keep, product, T{}); }
+  RELU_EXT_INLINE T backward(T grad, bool keep) const { return left_of(grad, keep, factor); }
+  static RELU_EXT_INLINE T choose(bool keep, T, T product) { return left_of(keep, product); }
 };
 template <class T>
 RELU_EXT_INLINE Arithmetic<T> factors_from(const Dropped<T>& dropped, int64_t) {

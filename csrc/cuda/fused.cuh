@@ -29,13 +29,6 @@ struct Chosen {
   }
 };
 
-// What dropout leaves of an element.
-template <class T>
-__device__ __forceinline__ T left_of(T value, bool keep, Arithmetic<T> factor) {
-  const T scaled = narrow<T>(widen(value) * factor);
-  return select(keep, scaled, T{});
-}
-
 // Those of a captured graph are in memory, where each replay finds others.
 __device__ __forceinline__ Stream resolved(Stream stream) {
   if (stream.seed_at) {
