@@ -1,0 +1,109 @@
+// Every CPU kernel by its name, on memory that the caller has.
+#pragma once
+#include <cstring>
+
+#include "kernels.h"
+
+namespace relu_ext {
+
+// Elements of one dtype in all, but for bits; null: not wanted. The last three have one for each channel, totals two.
+struct Arrays {
+  const void *input, *other, *grad, *scale, *shift;
+  void *output, *grad_input, *grad_other;
+  uint8_t* bits;
+  double* totals;
+};
+
+enum class Step { forward, forward_with_bits, backward };
+
+namespace works {
+
+// Of one tensor.
+struct Elementwise {
+  const char* name;
+  Activation activation;
+  Scalars scalars;
+  Kept kept;
+};
+constexpr Elementwise elementwise[] = {
+    {"relu", Activation::relu, {}, Kept::bits},
+    {"relu6", Activation::hardtanh, {0, 6}, Kept::bits},
+    {"hardtanh", Activation::hardtanh, {-1, 6}, Kept::bits},
+    {"threshold", Activation::threshold, {0.1, -3}, Kept::bits},
+    {"leaky_relu", Activation::leaky_relu, {0.01}, Kept::bits},
+    {"elu", Activation::elu, {1.5, 1, 1}, Kept::input},
+    {"relu_squared", Activation::relu_squared, {}, Kept::output},
+};
+struct Parts {
+  const char* name;
+  bool scale, shift, residual, dropout;
+};
+constexpr Parts fused[] = {
+    {"add_relu", false, false, true, false},        {"bias_relu", false, true, false, false},
+    {"scale_shift_relu", true, true, false, false}, {"scale_shift_add_relu", true, true, true, false},
+    {"relu_dropout", false, false, false, true},
+};
+
+inline void run(const Elementwise& own, Step step, Dtype dtype, int64_t numel, const Arrays& a) {
+  if (step != Step::backward)
+    return cpu::forward(
+        {own.activation, own.scalars, dtype, a.input, a.output, step == Step::forward ? nullptr : a.bits}, 0, numel);
+  const void* const kept = own.kept == Kept::bits ? a.bits : own.kept == Kept::input ? a.input : a.output;
+  cpu::backward({own.activation, own.scalars, dtype, own.kept, a.grad, kept, a.grad_input}, 0, numel);
+}
+
+inline void run(const Parts& own, Step step, Dtype dtype, int64_t numel, Channels channels, const Arrays& a) {
+  const double factor = own.dropout ? 1 / 0.9 : 0;
+  const void* const scale = own.scale ? a.scale : nullptr;
+  if (step != Step::backward)
+    return cpu::fused({Activation::relu,
+                       {},
+                       dtype,
+                       channels,
+                       a.input,
+                       scale,
+                       own.shift ? a.shift : nullptr,
+                       own.residual ? a.other : nullptr,
+                       {{42, 7, nullptr, nullptr}, 58981, factor},
+                       a.output,
+                       step == Step::forward ? nullptr : a.bits},
+                      0, numel);
+  FusedBackward back{};
+  back.dtype = dtype, back.channels = channels, back.kept_as = Kept::bits, back.grad = a.grad, back.kept = a.bits;
+  back.input = a.input, back.scale = scale, back.factor = factor, back.grad_input = a.grad_input;
+  if (own.scale) back.grad_residual = a.grad_other, back.grad_scale = a.totals;
+  if (own.shift) back.grad_shift = a.totals;
+  cpu::fused_backward(back, a.totals, 0, numel);
+}
+
+inline void reglu(Step step, Dtype dtype, int64_t numel, const Arrays& a) {
+  if (step != Step::backward)
+    return cpu::gated({dtype, numel, {a.input, numel}, {a.other, numel}, {a.output, numel}}, 0, numel);
+  cpu::gated_backward(
+      {dtype, numel, {a.grad, numel}, {a.input, numel}, {a.other, numel}, {a.grad_input, numel}, {a.grad_other, numel}},
+      0, numel);
+}
+
+inline void prelu(Step step, Dtype dtype, int64_t numel, Channels channels, const Arrays& a) {
+  if (step != Step::backward)
+    return cpu::prelu({dtype, channels, a.input, a.scale, a.output, step == Step::forward ? nullptr : a.bits}, 0,
+                      numel);
+  cpu::prelu_backward({dtype, channels, a.grad, a.input, nullptr, a.scale, a.grad_input, a.totals}, a.totals, 0, numel);
+}
+
+}  // namespace works
+
+// body(name, run), where run(step, dtype, numel, channels, arrays), for each kernel.
+template <class Body>
+void for_works(Body body) {
+  for (const auto& own : works::elementwise)
+    body(own.name, [&](Step step, Dtype dtype, int64_t numel, Channels, const Arrays& a) {
+      works::run(own, step, dtype, numel, a);
+    });
+  for (const auto& own : works::fused) body(own.name, [&](auto... arguments) { works::run(own, arguments...); });
+  body("reglu",
+       [](Step step, Dtype dtype, int64_t numel, Channels, const Arrays& a) { works::reglu(step, dtype, numel, a); });
+  body("prelu", [](auto... arguments) { works::prelu(arguments...); });
+}
+
+}  // namespace relu_ext
