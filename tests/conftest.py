@@ -68,6 +68,16 @@ def isa(request):
     _C.set_isa(chosen)
 
 
+@pytest.fixture
+def isas():
+    """The instruction sets of this CPU, each of them in use until the next is asked for."""
+    chosen, supported = (relu_ext.build_info()[key] for key in ("isa", "isas_supported"))
+    if len(supported) == 1:
+        pytest.skip("this CPU has one instruction set")
+    yield (name for name in supported if _C.set_isa(name) is None)
+    _C.set_isa(chosen)
+
+
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
 def threads(request):
     before = torch.get_num_threads()

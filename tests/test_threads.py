@@ -70,11 +70,11 @@ def test_worker_process(method):
     """Also where the parent's kernels have used the pool before, whose threads a forked child does not have."""
     steps(0, times=1)
     context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     workers = [context.Process(target=work, args=(queue, 3)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [queue.get() for _ in workers]
+    found = [queue.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
