@@ -76,8 +76,8 @@ inline bool modes_only_watch() {
 inline Road road(const at::Tensor& tensor, c10::DispatchKeySet effective) {
   const auto rest = effective - keys::ours;
   const bool plain = is_plain(rest);
-  if (!plain &&
-      (!is_plain(rest - keys::modes) || tensor.key_set().has(c10::DispatchKey::Python) || !modes_only_watch()))
+  // Inside of a transform the thread excludes keys that are the tensor's nevertheless.
+  if (!plain && (!is_plain(rest - keys::modes) || !is_plain(tensor.key_set() - keys::ours) || !modes_only_watch()))
     return Road::definition;
   if (!dtype_of(tensor)) return Road::definition;
   if (tensor._fw_grad(/*level=*/0).defined()) return Road::definition;  // a dual tensor has no key of its own

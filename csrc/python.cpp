@@ -4,6 +4,7 @@
 // The entries use the C API: every call of a layer goes through them, and pybind11 would add to its time.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Generator.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -17,6 +18,7 @@
 
 #include "autograd.h"
 #include "cpu/isa.h"
+#include "install.h"
 
 namespace py = pybind11;
 
@@ -254,4 +256,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("isas_supported", [] { return isas_up_to(best_isa()); });
   module.def("isa", [] { return name(chosen_isa()); });
   module.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); });
+  module.def("install", &install);
+  module.def("uninstall", &uninstall);
+  module.def("is_installed", &is_installed);
+  module.def("installable", &installable);
 }

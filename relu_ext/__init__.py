@@ -37,6 +37,7 @@ from .functional import (  # noqa: E402
     threshold_,
 )
 from .info import build_info  # noqa: E402
+from .installing import install, installed, is_installed, uninstall  # noqa: E402
 from .modules import (  # noqa: E402
     CELU,
     ELU,
@@ -85,6 +86,9 @@ __all__ = [
     "elu_",
     "hardtanh",
     "hardtanh_",
+    "install",
+    "installed",
+    "is_installed",
     "leaky_relu",
     "leaky_relu_",
     "linear_relu",
@@ -101,4 +105,5 @@ __all__ = [
     "selu_",
     "threshold",
     "threshold_",
+    "uninstall",
 ]
