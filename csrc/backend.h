@@ -22,6 +22,8 @@ struct Backend {
   void (*prelu_backward)(const PreluBackward&, int64_t numel);
   void (*fused)(const Fused&, int64_t numel);
   void (*fused_backward)(const FusedBackward&, int64_t numel);
+  void (*count)(const Count&, int64_t numel);
+  void (*find_nonfinite)(const NonFinite&, int64_t numel);
   // Numbers that no other call has had, of this generator or the device's own. Throws for one of another device.
   Stream (*next_stream)(const std::optional<at::Generator>&);
 };

@@ -149,6 +149,21 @@ struct FusedBackward {
   void* grad_shift;
 };
 
+// What a layer's bits add up to: kept[channel] += how many of its bits are 1, and last[channel] = step where any is.
+struct Count {
+  Channels channels;
+  const uint8_t* bits;
+  int64_t step;
+  int64_t *kept, *last;  // one a channel
+};
+// *first = step where an element is infinite or NaN and *first is 0: steps begin at 1.
+struct NonFinite {
+  Dtype dtype;
+  const void* input;
+  int64_t step;
+  int64_t* first;
+};
+
 constexpr int64_t bytes_of_bits(int64_t numel) { return numel / 8 + (numel % 8 != 0); }
 
 namespace cpu {
@@ -173,6 +188,11 @@ void fused_backward(const FusedBackward&, double* sums, int64_t begin, int64_t e
 
 // gradient[channel] = sums[channel], rounded.
 void round_sums(Dtype, const double* sums, int64_t channels, void* gradient);
+
+// counts: of this range alone, one a channel, are added to. work's own are not written.
+void count(const Count&, int64_t* counts, int64_t begin, int64_t end);
+// first is not written.
+bool is_finite(const NonFinite&, int64_t begin, int64_t end);
 
 // Tells the system that these bytes, not touched so far, are about to be written.
 void expect_writes(void* memory, int64_t bytes);

@@ -30,6 +30,14 @@ struct KernelBackward final : Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override;
   variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override;
 
+  // Undefined where there are none at hand. They are the first of what is saved.
+  Tensor bits() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (keeping_.kept != Kept::bits || saved_.empty()) return {};
+    return saved_[0].variable.get_raw_data().value_or(Tensor());
+  }
+  c10::SymIntArrayRef stride() const { return keeping_.stride; }
+
   // inplace_view: the operation overwrote a view.
   void save(const Saving& saving, bool inplace_view = false) {
     saved_.push_back({{saving.tensor, saving.is_output, inplace_view}, saving.is_output});
@@ -172,6 +180,13 @@ void rebase_history(const Tensor& input, Gradients* gradients, Keeping keeping, 
     raw->save({bits});
   else
     raw->save({input, /*is_output=*/true}, /*inplace_view=*/input.is_view());
+}
+
+Tensor bits_of(const Tensor& output) {
+  const auto node = output.grad_fn();
+  auto* const own = dynamic_cast<KernelBackward*>(node.get());
+  if (!own || !c10::SymIntArrayRef(output.sym_strides()).equals(own->stride())) return {};
+  return own->bits();
 }
 
 void check_inplace(const Tensor& input, bool history) { torch::autograd::check_inplace(input, history); }

@@ -48,6 +48,10 @@ void set_history_past(const at::Tensor& output, Gradients*, Keeping, const at::T
 // itself is saved.
 void rebase_history(const at::Tensor& input, Gradients*, Keeping, c10::function_ref<at::Tensor()> overwrite);
 
+// The bits that output's node keeps, in output's memory order; undefined where it keeps none, or hooks for saved
+// tensors (checkpointing, offloading) have taken them away.
+at::Tensor bits_of(const at::Tensor& output);
+
 // Throws PyTorch's own errors for a tensor that may not be overwritten.
 void check_inplace(const at::Tensor& input, bool history);
 

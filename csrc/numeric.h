@@ -17,6 +17,14 @@
 
 namespace relu_ext {
 
+template <class To, class From>
+RELU_EXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 // A 16-bit float is compared as IEEE compares it, in 16-bit integers: as many lanes to a vector as there are elements,
 // and no conversion. `infinity` is the bit pattern of infinity; greater magnitudes are NaN.
 template <uint16_t infinity>
@@ -76,6 +84,16 @@ RELU_EXT_INLINE bool is_positive(Float16<infinity> value) {
   return (int16_t(value.bits) > 0) & (int16_t(value.bits) <= int16_t(infinity));
 }
 
+RELU_EXT_INLINE bool is_finite(float value) { return (bit_cast<uint32_t>(value) & 0x7f800000u) != 0x7f800000u; }
+RELU_EXT_INLINE bool is_finite(double value) {
+  constexpr uint64_t infinity = 0x7ffull << 52;
+  return (bit_cast<uint64_t>(value) & infinity) != infinity;
+}
+template <uint16_t infinity>
+RELU_EXT_INLINE bool is_finite(Float16<infinity> value) {
+  return (value.bits & infinity) != infinity;
+}
+
 using half = Float16<0x7c00>;
 using bfloat16 = Float16<0x7f80>;
 
@@ -108,14 +126,6 @@ struct WordOf<8> {
 // The unsigned integer as wide as T.
 template <class T>
 using Word = typename WordOf<sizeof(T)>::type;
-
-template <class To, class From>
-RELU_EXT_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 // keep ? a : b. Both are values already computed, so a loop around it becomes a vector blend. On integers, because
 // g++ 12 does not vectorise a conditional of structs.

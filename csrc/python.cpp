@@ -9,6 +9,7 @@
 #include <torch/csrc/Generator.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <cstdlib>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "autograd.h"
 #include "cpu/isa.h"
 #include "install.h"
+#include "monitor.h"
 
 namespace py = pybind11;
 
@@ -260,4 +262,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("uninstall", &uninstall);
   module.def("is_installed", &is_installed);
   module.def("installable", &installable);
+  module.def("is_observable", &monitor::is_observable);
+  module.def("in_backward", &monitor::in_backward);
+  module.def("cells", &monitor::cells);
+  module.def("count_bits", &monitor::count_bits);
+  module.def("count_bits_of", &monitor::count_bits_of);
+  module.def("find_nonfinite", &monitor::find_nonfinite);
+  module.def("watch_gradient", &monitor::watch_gradient);
 }

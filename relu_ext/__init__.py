@@ -56,6 +56,7 @@ from .modules import (  # noqa: E402
     ReLUSquared,
     Threshold,
 )
+from .monitor import Monitor  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Hardtanh",
     "LeakyReLU",
     "LinearReLU",
+    "Monitor",
     "PReLU",
     "ReGLU",
     "ReLU",

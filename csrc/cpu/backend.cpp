@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <mutex>
 #include <utility>
@@ -36,12 +37,18 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef stride, at::Scal
 // parallel_for would divide anything above one share, so it is not asked below two.
 constexpr int64_t grain = 32768;
 
+// body(begin, end) for shares of no less than `smallest` elements.
+template <class Body>
+void in_shares(int64_t numel, int64_t smallest, Body body) {
+  if (numel < 2 * smallest) return body(0, numel);
+  const int64_t blocks = (numel - 1) / alignment + 1;
+  at::parallel_for(0, blocks, smallest / alignment,
+                   [&](int64_t begin, int64_t end) { body(begin * alignment, std::min(end * alignment, numel)); });
+}
+
 template <class Work, void (*run)(const Work&, int64_t, int64_t)>
 void parallel(const Work& work, int64_t numel) {
-  if (numel < 2 * grain) return run(work, 0, numel);
-  const int64_t blocks = (numel - 1) / alignment + 1;
-  at::parallel_for(0, blocks, grain / alignment,
-                   [&](int64_t begin, int64_t end) { run(work, begin * alignment, std::min(end * alignment, numel)); });
+  in_shares(numel, grain, [&](int64_t begin, int64_t end) { run(work, begin, end); });
 }
 
 // Sums over channels are made in parts that depend on the shape alone, of which there are no more than this.
@@ -84,6 +91,33 @@ void fused_backward(const FusedBackward& work, int64_t numel) {
     if (gradient) round_sums(work.dtype, std::exchange(next, next + channels), channels, gradient);
 }
 
+// A thread's smallest share of bits that are counted: as many bytes as grain has of float32.
+constexpr int64_t grain_of_bits = 32 * grain;
+
+void count(const Count& work, int64_t numel) {
+  const auto channels = size_t(work.channels.channels);
+  std::vector<int64_t> counts(channels);
+  std::mutex mutex;
+  in_shares(numel, grain_of_bits, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> own(channels);
+    cpu::count(work, own.data(), begin, end);
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::transform(own.begin(), own.end(), counts.begin(), counts.begin(), std::plus<>());
+  });
+  for (size_t channel = 0; channel < channels; ++channel) {
+    work.kept[channel] += counts[channel];
+    if (counts[channel]) work.last[channel] = work.step;
+  }
+}
+
+void find_nonfinite(const NonFinite& work, int64_t numel) {
+  std::atomic<bool> finite = true;
+  in_shares(numel, grain, [&](int64_t begin, int64_t end) {
+    if (!cpu::is_finite(work, begin, end)) finite = false;
+  });
+  if (!finite && *work.first == 0) *work.first = work.step;
+}
+
 // A call's own seed; torch.manual_seed makes them the same again.
 Stream next_stream(const std::optional<at::Generator>& generator) {
   auto* const own = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
@@ -103,6 +137,8 @@ const Backend backend{empty,
                       prelu_backward,
                       parallel<Fused, fused>,
                       fused_backward,
+                      count,
+                      find_nonfinite,
                       next_stream};
 
 }  // namespace relu_ext::cpu

@@ -49,6 +49,8 @@ const Backend backend{empty,
                       queue_sums<PreluBackward, prelu_workspace, prelu_backward>,
                       queue<Fused, fused>,
                       queue_sums<FusedBackward, fused_workspace, fused_backward>,
+                      queue<Count, count>,
+                      queue<NonFinite, find_nonfinite>,
                       next_stream};
 
 }  // namespace relu_ext::cuda

@@ -14,6 +14,8 @@ cudaError_t gated(const Gated&, int64_t numel, cudaStream_t);
 cudaError_t gated_backward(const GatedBackward&, int64_t numel, cudaStream_t);
 cudaError_t prelu(const Prelu&, int64_t numel, cudaStream_t);
 cudaError_t fused(const Fused&, int64_t numel, cudaStream_t);
+cudaError_t count(const Count&, int64_t numel, cudaStream_t);  // bits: at a multiple of 4 bytes
+cudaError_t find_nonfinite(const NonFinite&, int64_t numel, cudaStream_t);
 
 // By two kernels where sums over channels are wanted: grad_weight, grad_scale, grad_shift. By none where nothing is.
 // workspace: so many bytes, at a multiple of 16, which later work on the stream may write again.

@@ -27,6 +27,10 @@ int64_t kernels_fused_workspace(const FusedBackward& work, int64_t numel) { retu
 int kernels_fused_backward(const FusedBackward& work, int64_t numel, void* workspace, cudaStream_t stream) {
   return cuda::fused_backward(work, numel, workspace, stream);
 }
+int kernels_count(const Count& work, int64_t numel, cudaStream_t stream) { return cuda::count(work, numel, stream); }
+int kernels_find_nonfinite(const NonFinite& work, int64_t numel, cudaStream_t stream) {
+  return cuda::find_nonfinite(work, numel, stream);
+}
 
 int64_t emulator_launches() { return emulator::launches; }
 const emulator::Launch* emulator_last_launch() { return &emulator::last_launch; }

@@ -400,6 +400,17 @@ class FusedBackward(ctypes.Structure):
     ]
 
 
+class Count(ctypes.Structure):
+    _fields_ = [
+        *[("channels", c_int64), ("inner", c_int64), ("bits", c_void_p), ("step", c_int64)],
+        *[("kept", c_void_p), ("last", c_void_p)],
+    ]
+
+
+class NonFinite(ctypes.Structure):
+    _fields_ = [("dtype", c_uint8), ("input", c_void_p), ("step", c_int64), ("first", c_void_p)]
+
+
 class Kernels:
     """The launchers of a built library; memory is given by its address."""
 

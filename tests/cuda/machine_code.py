@@ -60,7 +60,9 @@ SUMMING = re.compile(
     rf"cuda::sums_kernel<(?P<by>\w+), {ELEMENT}, \d+, (?P<aligned>\w+), relu_ext::cuda::(?P<work>\w+)<"
     rf"(?:[^(]*\([^)]*\)\d*>|\w+)(?:, {CHOICE}(?P<bits>\d), {CHOICE}(?P<input>\d))?"
 )
-JOINING = "cuda::join_kernel<"  # adds up what the others left: next to nothing
+NONFINITE = re.compile(rf"cuda::nonfinite_kernel<{TILE}, (?P<aligned>\w+)>")
+# What adds up what the others left, and what reads bits: next to nothing.
+SMALL = re.compile(r"cuda::(join_kernel<|count_\w+_kernel\()")
 KEPT = ["bits", "input", "output"]
 PARTS = ["scale", "shift", "residual", "dropout"]
 SPREAD = ["one", "consecutive", "any"]
@@ -187,7 +189,9 @@ class Kernel:
             return cls.fused_backward(found)
         if found := SUMMING.search(name):
             return cls.summing(found)
-        if JOINING in name:
+        if found := NONFINITE.search(name):
+            return cls.nonfinite(found)
+        if SMALL.search(name):
             return None
         raise SystemExit(f"a kernel that this check does not know: {name}")
 
@@ -274,6 +278,14 @@ class Kernel:
         accesses["LDG.U8" if found["bits"] == YES else "LDG.128"] += batch
         kept = "bits" if found["bits"] == YES else "output"
         return cls(f"Fused {dtype} sums of {sums} {way} from {kept}", accesses, True)
+
+    @classmethod
+    def nonfinite(cls, found: re.Match) -> "Kernel | None":
+        """What comes behind the loads is left to chance: whether a thread writes depends on what it has read."""
+        vectors = int(found["vectors"])
+        if found["aligned"] == "false" or vectors == 1:
+            return None
+        return cls(f"NonFinite {DTYPES[found['element']]}", Counter({"LDG.128": vectors}), True)
 
 
 ONE_ELEMENT = {2: "LDG.U16", 4: "LDG", 8: "LDG.64"}

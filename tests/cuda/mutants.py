@@ -26,6 +26,7 @@ from rich.table import Table
 
 KERNELS, LAUNCHERS, MATHS = "cuda/kernels.cuh", "cuda/kernels.cu", "activations.h"
 GATED, CHANNELS, SUMS, FUSED = "cuda/gated.cuh", "cuda/channels.cuh", "cuda/sums.cuh", "cuda/fused.cuh"
+MONITOR = "cuda/monitor.cuh"
 LAUNCH, LAUNCH_CHANNELS = "cuda/launch.cuh", "cuda/launch_channels.cuh"
 ONE_ORDER = "not backward and not shuffled"  # of threads: a third of the time
 TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of its own
@@ -56,6 +57,11 @@ def by_sanitizers(csrc: Path) -> str | None:
 def by_fused_tests(csrc: Path) -> str | None:
     """Which come last."""
     return by_tests(csrc, words=f"(fused or dropout) and {ONE_ORDER}")
+
+
+def by_monitor_tests(csrc: Path) -> str | None:
+    """Which come last."""
+    return by_tests(csrc, words="counts or finite")
 
 
 def by_machine_code(csrc: Path) -> str | None:
@@ -283,6 +289,23 @@ MUTANTS = [
         "Tile<256, 2>",
         by_machine_code,
     ),
+    Mutant("bits before a run", MONITOR, "if (32 * word < begin) own", "if (false) own", by_monitor_tests),
+    Mutant("bits behind a run", MONITOR, "if (32 * word + 32 > end) own", "if (false) own", by_monitor_tests),
+    Mutant("a piece of a part is lost", MONITOR, "item < last;", "item + 1 < last;", by_monitor_tests),
+    Mutant(
+        "parts overlap", MONITOR, "part * how.rows * how.period.value +", "part * how.period.value +", by_monitor_tests
+    ),
+    Mutant(
+        "counts are not added", MONITOR, "  if (count == 0) return;\n", "  if (count < 2) return;\n", by_monitor_tests
+    ),
+    Mutant(
+        "a negative infinity is finite",
+        "numeric.h",
+        "return (value.bits & infinity) != infinity;",
+        "return (value.bits & (0x8000u | infinity)) != infinity;",
+        by_monitor_tests,
+    ),
+    Mutant("a later step is written", MONITOR, "if (!finite && *first == 0)", "if (!finite)", by_monitor_tests),
     Mutant("too few registers", KERNELS, "blocks_ = 1024 / threads_", "blocks_ = 2048 / threads_", by_machine_code),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from kernels import (
     ACTIVATIONS,
     DTYPES,
+    Count,
     Dropout,
     Fused,
     FusedBackward,
@@ -18,6 +19,7 @@ from kernels import (
     GatedBackward,
     Kernels,
     Memory,
+    NonFinite,
     Prelu,
     PreluBackward,
     Range,
@@ -1124,3 +1126,86 @@ def test_fused_more_than_2_to_the_32_elements(dtype, what):
         if what == "scale":
             right = times(dtype, right, np.resize(vectors["scale"].elements, len(right)))
         assert_numbers(output.elements[span], right, dtype)
+
+
+def check_counts(channels, inner, numel, kept=0.5, at=0):
+    """Counts are added to what is there, and steps are written where there is one."""
+    random = np.random.default_rng([channels, inner, numel])
+    of_element = np.arange(numel) // inner % channels
+    silent = random.random(channels) < 0.2
+    ones = (random.random(numel) < kept) & ~silent[of_element]
+    bits = Memory(np.packbits(ones, bitorder="little"), at)
+    before = random.integers(0, 1 << 40, (2, channels))
+    totals, last = (Memory(cells) for cells in before)
+    step = (1 << 33) + 7
+    work = Count(channels, inner, bits.address, step, totals.address, last.address)
+    launch_once(launcher("count"), work, numel)
+    counts = np.bincount(of_element, ones, channels).astype(np.int64)
+    assert_same(totals.elements, before[0] + counts)
+    assert_same(last.elements, np.where(counts > 0, step, before[1]))
+    assert bits.intact() and totals.intact() and last.intact()
+
+
+COUNTED = [  # channels, inner
+    *[(1, 7), (3, 1), (32, 1), (33, 1), (5, 3), (8, 31), (257, 1), (1000, 2)],  # by columns
+    *[(1, 32), (1, 5000), (1, 30_011), (2, 8193), (3, 33), (7, 49), (16, 64), (9, 128), (40, 1024)],  # by runs
+]
+
+
+@pytest.mark.parametrize("channels, inner", COUNTED)
+@pytest.mark.parametrize("rows", [1, 2, 19])
+def test_counts(channels, inner, rows):
+    check_counts(channels, inner, rows * channels * inner)
+
+
+@pytest.mark.parametrize("channels, inner, rows", [(5, 1, 9001), (4, 2, 40_000), (3, 64, 700), (2, 32, 3000)])
+def test_counts_in_every_order(order, channels, inner, rows):
+    """More than one part a channel."""
+    check_counts(channels, inner, rows * channels * inner)
+
+
+@pytest.mark.parametrize("numel", range(0, 70))
+def test_counts_of_every_length(numel):
+    check_counts(1, max(numel, 1), numel, 0.9, at=4)
+    check_counts(max(numel, 1), 1, numel, 0.9, at=4)
+
+
+def check_nonfinite(dtype, elements, found, before=0, at=0):
+    input, first = Memory(elements, at), Memory(np.array([before], np.int64))
+    launch_once(launcher("find_nonfinite"), NonFinite(dtype.code, input.address, 77, first.address), len(elements))
+    assert first.elements[0] == (before or 77 * found)
+    assert input.intact() and first.intact()
+
+
+def finite_elements(count, dtype, seed=0):
+    """Any bit patterns that are numbers."""
+    elements = random_elements(count, dtype, seed)
+    return np.where(elements & dtype.word(dtype.infinity) == dtype.infinity, dtype.word(dtype.infinity - 1), elements)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 256 * 8 - 1, 256 * 8 + 3])
+def test_what_is_not_finite_is_found(dtype, count):
+    check_nonfinite(dtype, finite_elements(count, dtype), found=False)
+    for place in {0, count // 2, count - 1} if count else ():
+        for wrong in [dtype.infinity, dtype.infinity | dtype.sign, dtype.infinity + 1, dtype.infinity | dtype.sign | 5]:
+            elements = finite_elements(count, dtype, place)
+            elements[place] = wrong
+            for at in (0, dtype.bytes):
+                check_nonfinite(dtype, elements, found=True, at=at)
+    if count:
+        check_nonfinite(dtype, elements, found=True, before=5)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_what_is_not_finite_is_found_in_large_tiles(dtype, extra):
+    """Of which only the last two blocks run."""
+    count = large_from(dtype) + extra
+    of_block = per_block(dtype, count - extra if extra >= 0 else 2**16)
+    last = (count - 1) // of_block
+    elements = np.zeros(count, dtype.word)
+    with KERNELS.only_blocks({last - 1, last}):
+        check_nonfinite(dtype, elements, found=False)
+        for place in (count - 1, (last - 1) * of_block):
+            elements[place] = dtype.infinity
+            check_nonfinite(dtype, elements, found=True)
+            elements[place] = 0

@@ -69,6 +69,11 @@ void __stcs(T* to, T value) {
   *emulator::aligned(to) = value;
 }
 
+// Threads take turns.
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  return std::exchange(*emulator::aligned(to), *to + value);
+}
+
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 
 inline void __syncthreads(unsigned line = __builtin_LINE()) { emulator::barrier(line); }

@@ -18,4 +18,5 @@ inline constexpr auto cudaLaunchKernel = [](auto kernel, dim3 grid, dim3 block, 
 #include "../../../csrc/cuda/fused.cu"
 #include "../../../csrc/cuda/gated.cu"
 #include "../../../csrc/cuda/kernels.cu"
+#include "../../../csrc/cuda/monitor.cu"
 #include "../../../csrc/cuda/prelu.cu"
