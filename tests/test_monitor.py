@@ -36,7 +36,7 @@ def watch(module, *inputs, **options):
 
 def assert_counts(row, active, dim):
     kept = (1 - row.inactive_by_channel) * (active.numel() // active.shape[dim])
-    expected = active.movedim(dim, 0).flatten(1).sum(1).cpu()
+    expected = active.movedim(dim, 0).reshape(active.shape[dim], -1).sum(1).cpu()
     assert torch.equal(kept.round().long(), expected)
     assert torch.equal(row.inactive_by_channel, 1 - expected.double() / (active.numel() // active.shape[dim]))
     assert torch.equal(row.dead, (expected == 0).nonzero().flatten())
