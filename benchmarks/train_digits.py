@@ -1,7 +1,7 @@
 """Trains a small CNN on real handwritten digits with nn.ReLU and with relu_ext.ReLU, from one seed.
 
 Losses and final weights must be bit-identical on CPU. Prints accuracy, time, and the bytes kept for backward by the
-whole model, part by part.
+whole model, part by part. With --monitor: what relu_ext.Monitor adds to a training step, and its report.
 """
 
 from __future__ import annotations
@@ -88,14 +88,17 @@ class Run:
         start = time.perf_counter()
         losses = []
         for batch in torch.randperm(len(images), generator=self.order).to(images.device).split(BATCH):
-            loss = F.cross_entropy(self.model(images[batch]), labels[batch])
-            self.optimiser.zero_grad()
-            loss.backward()
-            self.optimiser.step()
-            losses.append(loss.detach())
+            losses.append(self.step(images[batch], labels[batch]))
         self.losses += torch.stack(losses).tolist()
         synchronize(images)
         self.seconds.append(time.perf_counter() - start)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(self.model(images), labels)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
 
     def mean_loss(self) -> float:
         return statistics.fmean(self.losses[-len(self.losses) // len(self.seconds) :])
@@ -176,6 +179,31 @@ def kept_table(runs: dict[str, Run], images: torch.Tensor) -> Table:
     return table
 
 
+def monitored(options: argparse.Namespace, console: Console) -> int:
+    """Two trainings with relu_ext.ReLU from one seed, one of them watched, take turns step by step."""
+    images, _, labels, _ = digits(options.seed, options.device)
+    runs = {name: Run(relu_ext.ReLU, options.seed, options.device) for name in ("without", "with relu_ext.Monitor")}
+    monitor = relu_ext.Monitor(runs["with relu_ext.Monitor"].model)
+    batches = [batch for _ in range(options.epochs) for batch in torch.randperm(len(images)).split(BATCH)]
+    for number, batch in enumerate(batches):
+        inputs = images[batch], labels[batch]
+        for run in list(runs.values())[:: 1 if number % 2 else -1]:
+            synchronize(images)
+            start = time.perf_counter()
+            loss = run.step(*inputs)
+            synchronize(images)
+            run.seconds.append(time.perf_counter() - start)
+            run.losses.append(loss.item())
+    medians = [statistics.median(run.seconds) for run in runs.values()]
+    for name, median in zip(runs, medians, strict=True):
+        console.print(f"a step {name}: {median * 1e3:.3f} ms, median of {len(batches)}")
+    console.print(f"ratio of the medians: {medians[1] / medians[0]:.4f}")
+    monitor.report(console)
+    found = differences(*runs.values())
+    console.print(f"[red]not bit-identical[/]: {found[0]}" if found else "[green]bit-identical[/]")
+    return 1 if found and options.device == "cpu" else 0
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -184,6 +212,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--monitor", action="store_true", help="the time of relu_ext.Monitor in a training step")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
@@ -195,6 +224,9 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    if options.monitor:
+        return monitored(options, console)
     train_images, test_images, train_labels, test_labels = digits(options.seed, options.device)
     activations = {"nn.ReLU": nn.ReLU, "relu_ext.ReLU": relu_ext.ReLU}
     runs = {name: Run(activation, options.seed, options.device) for name, activation in activations.items()}
@@ -203,7 +235,6 @@ def main() -> int:
         for run in list(runs.values())[:: 1 if epoch % 2 else -1]:
             run.epoch(train_images, train_labels)
 
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(result_table(runs, (test_images, test_labels)))
     console.print(kept_table(runs, train_images))
     found = differences(*runs.values())
