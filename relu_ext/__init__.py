@@ -10,6 +10,7 @@ from . import loading
 loading.check_build()
 
 from .autograd import ReLUFunction  # noqa: E402
+from .convert import convert, revert  # noqa: E402
 from .functional import (  # noqa: E402
     add_relu,
     bias_relu,
@@ -57,6 +58,7 @@ from .modules import (  # noqa: E402
     Threshold,
 )
 from .monitor import Monitor  # noqa: E402
+from .report import Report  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "ReLUDropout",
     "ReLUFunction",
     "ReLUSquared",
+    "Report",
     "Threshold",
     "__version__",
     "add_relu",
@@ -84,6 +87,7 @@ __all__ = [
     "build_info",
     "celu",
     "celu_",
+    "convert",
     "elu",
     "elu_",
     "hardtanh",
@@ -102,6 +106,7 @@ __all__ = [
     "relu_",
     "relu_dropout",
     "relu_squared",
+    "revert",
     "scale_shift_relu",
     "selu",
     "selu_",
