@@ -37,6 +37,7 @@ from .functional import (  # noqa: E402
     threshold,
     threshold_,
 )
+from .fuse import fuse  # noqa: E402
 from .info import build_info  # noqa: E402
 from .installing import install, installed, is_installed, uninstall  # noqa: E402
 from .modules import (  # noqa: E402
@@ -90,6 +91,7 @@ __all__ = [
     "convert",
     "elu",
     "elu_",
+    "fuse",
     "hardtanh",
     "hardtanh_",
     "install",

@@ -73,14 +73,13 @@ def convert(model: nn.Module) -> Report:
             report.left_alone[name] = reason
             continue
         for attribute, before, after in list(_replacements(module)):
-            _remember(module, attribute, before)
-            _set(module, attribute, after)
+            replace(module, attribute, after)
             report[_place(name, attribute)] = _name(before), _name(after)
     return report
 
 
 def revert(model: nn.Module) -> Report:
-    """Undoes :func:`convert`, also in a copy of the model, after training or after loading it from a pickle.
+    """Undoes :func:`convert` and :func:`fuse`: also in a copy of the model, after training, or loaded from a pickle.
 
     What was of relu_ext before it was converted stays, and so does what has been replaced by something else since.
 
@@ -90,15 +89,41 @@ def revert(model: nn.Module) -> Report:
     """
     report = Report()
     for name, module in model.named_modules():
-        for attribute, before in vars(module).pop(_BEFORE, {}).items():
-            after = getattr(module, attribute, None)
-            if after is _ours(before):
-                _set(module, attribute, before)
-                report[_place(name, attribute)] = _name(after), _name(before)
-            elif attribute == "__class__":
-                _remember(module, attribute, before)
-                report.left_alone[name] = f"its class is now {_name(after)}"
+        for attribute, (after, before) in restore(module).items():
+            report[_place(name, attribute)] = _name(after), _name(before)
+        if "__class__" in vars(module).get(_BEFORE, {}):
+            report.left_alone[name] = f"its class is now {_name(type(module))}"
     return report
+
+
+def replace(module: nn.Module, attribute: str, value: Any) -> None:
+    """Sets an attribute, or the class, so that :func:`restore` undoes it."""
+    now, before = getattr(module, attribute), vars(module).get(_BEFORE, {})
+    if attribute not in before or not _is_ours(now):
+        # A new dict: a shallow copy of the module, as DataParallel makes, shares the old one.
+        vars(module)[_BEFORE] = {**before, attribute: now}
+    object.__setattr__(module, attribute, value)  # past the module's own __setattr__, which may do more
+
+
+def restore(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Undoes every :func:`replace`: {attribute: (what it was now, what it is again)}.
+
+    An attribute that somebody else has set since stays. So does such a class, and what it was is kept in mind: it may
+    be undone later.
+    """
+    restored = {}
+    for attribute, before in vars(module).pop(_BEFORE, {}).items():
+        now = getattr(module, attribute, None)
+        if _is_ours(now):
+            object.__setattr__(module, attribute, before)
+            restored[attribute] = now, before
+        elif attribute == "__class__":
+            vars(module)[_BEFORE] = {attribute: before}
+    return restored
+
+
+def _is_ours(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "").partition(".")[0] == __package__
 
 
 def _ours(torchs: Any) -> Any:
@@ -127,16 +152,6 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     if exact and getattr(module, "qconfig", None) is not None:
         return "it has a qconfig: quantisation looks for torch's classes"
     return None
-
-
-def _remember(module: nn.Module, attribute: str, value: Any) -> None:
-    """In a new dict: a shallow copy of the module, as DataParallel makes, shares the old one."""
-    vars(module)[_BEFORE] = {**vars(module).get(_BEFORE, {}), attribute: value}
-
-
-def _set(module: nn.Module, attribute: str, value: Any) -> None:
-    """Past the module's own ``__setattr__``, which may do more."""
-    object.__setattr__(module, attribute, value)
 
 
 def _place(name: str, attribute: str) -> str:

@@ -1,0 +1,137 @@
+"""Modules called as one: what :func:`relu_ext.fuse` puts in the place of several calls.
+
+Each function is given the modules that it stands for, and looks at every call whether they still are what was fused.
+Where one has a hook, another class or a forward of its own, trains (batch normalisation) or does not fit the input, the
+modules are called one by one: that is the definition.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional, modules
+
+RELUS = (nn.ReLU, modules.ReLU)
+LINEARS = (nn.Linear,)
+DROPOUTS = (nn.Dropout,)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
+
+
+def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether calling ``module`` does what its class, one of ``kinds``, does, and nothing else."""
+    return (
+        type(module) in kinds
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and "forward" not in module.__dict__
+    )
+
+
+def is_frozen_batch_norm(module: nn.Module) -> bool:
+    """By its buffers: torchvision's, transformers' and detectron2's classes have these and no parameters."""
+    return module._buffers.keys() >= FROZEN_BUFFERS and not module._parameters and not module._modules
+
+
+def _may_fuse(relu: nn.Module | None, *others: tuple[nn.Module, tuple[type, ...]]) -> bool:
+    return (relu is None or is_plain(relu, RELUS)) and all(is_plain(*other) for other in others)
+
+
+def _rectified(relu: nn.Module | None, input: Tensor) -> Tensor:
+    return functional.relu(input) if relu is None else relu(input)
+
+
+def linear_then_relu(linear: nn.Module, relu: nn.Module | None, input: Tensor) -> Tensor:
+    """``relu(linear(input))``; a ``relu`` of None is the function."""
+    if _may_fuse(relu, (linear, LINEARS)):
+        return functional.linear_relu(input, linear.weight, linear.bias)
+    return _rectified(relu, linear(input))
+
+
+def relu_then_dropout(relu: nn.Module | None, dropout: nn.Module, input: Tensor) -> Tensor:
+    """``dropout(relu(input))``."""
+    if _may_fuse(relu, (dropout, DROPOUTS)):
+        return functional.relu_dropout(input, dropout.p, dropout.training)
+    return dropout(_rectified(relu, input))
+
+
+def relu_then_dropped(relu: nn.Module | None, input: Tensor, p: float) -> Tensor:
+    """``dropout(relu(input), p)`` with dropout as a function, in training."""
+    if _may_fuse(relu):
+        return functional.relu_dropout(input, p)
+    return F.dropout(_rectified(relu, input), p)
+
+
+def add_then_relu(relu: nn.Module | None, input: Tensor, residual: Tensor, in_place: bool) -> Tensor:
+    """``relu(input + residual)``. In place ``input`` keeps its dtype and shape, and nobody sees it afterwards."""
+    if _may_fuse(relu) and _is_alike(input, residual):
+        return functional.add_relu(input, residual)
+    return _rectified(relu, input.add_(residual) if in_place else input + residual)
+
+
+def norm_then_relu(norm: nn.Module, relu: nn.Module | None, input: Tensor, eps: float) -> Tensor:
+    """``relu(norm(input))`` for a batch normalisation with fixed statistics."""
+    if _may_fuse(relu) and _is_fixed(norm, input):
+        return functional.scale_shift_relu(input, *scale_and_shift(norm, eps))
+    return _rectified(relu, norm(input))
+
+
+def norm_then_add_then_relu(
+    norm: nn.Module, relu: nn.Module | None, input: Tensor, residual: Tensor, eps: float, in_place: bool
+) -> Tensor:
+    """``relu(norm(input) + residual)``."""
+    if _may_fuse(relu) and _is_fixed(norm, input) and _is_alike(input, residual):
+        return functional.scale_shift_relu(input, *scale_and_shift(norm, eps), residual)
+    return add_then_relu(relu, norm(input), residual, in_place)
+
+
+def _is_alike(input: Tensor, residual: Tensor) -> bool:
+    """Two tensors, with nothing to broadcast and nothing to promote."""
+    if not (isinstance(input, Tensor) and isinstance(residual, Tensor)):
+        return False
+    return input.dtype == residual.dtype and input.shape == residual.shape
+
+
+def _is_fixed(norm: nn.Module, input: Tensor) -> bool:
+    """Whether ``norm`` is a scale and a shift a channel, computed in the type of the input.
+
+    torch computes its own batch normalisation of 16-bit types in float32; a scale rounded to 16 bits would be farther
+    from the truth. A frozen one's formula rounds it.
+    """
+    variance = norm._buffers.get("running_var")
+    if variance is None or input.dtype != variance.dtype:
+        return False
+    if is_plain(norm, BATCH_NORMS):
+        return not norm.training and input.dtype in (torch.float32, torch.float64)
+    return is_plain(norm, (type(norm),)) and is_frozen_batch_norm(norm)
+
+
+def scale_and_shift(norm: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
+    """``(input - running_mean) * (running_var + eps).rsqrt() * weight + bias`` as two vectors.
+
+    ``eps`` is for a module that has no attribute of this name.
+    """
+    scale = (norm.running_var + norm.__dict__.get("eps", eps)).rsqrt()
+    if norm.weight is not None:
+        scale = norm.weight * scale
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else norm.bias + shift
+
+
+class ReLULeftToDropout(nn.ReLU):
+    """A ReLU whose output goes to a :class:`DropoutWithReLU` and to nobody else: it leaves the work to that."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if is_plain(self, (ReLULeftToDropout,)) else functional.relu(input, self.inplace)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return nn.ReLU(self.inplace).train(self.training)
+
+
+class DropoutWithReLU(modules.ReLUDropout, nn.Dropout):
+    """A dropout before which somebody left out a ReLU; one that was done all the same changes nothing."""
+
+
+def relu_left_to_dropout(input: Tensor) -> Tensor:
+    """:class:`ReLULeftToDropout` as a function."""
+    return input
