@@ -1,13 +1,10 @@
 """A whole model's activations fused with their neighbours."""
 
-import ast
 import copy
 import inspect
-import itertools
 import operator
-import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import functional, neighbours, rewriting
+from . import neighbours, rewriting, source
 from .convert import replace, restore
 from .report import Report
 from .rewriting import NotTraceable, Trace
 
-RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, functional.relu, functional.relu_)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FRESH = (*CONVOLUTIONS, nn.Linear, *neighbours.BATCH_NORMS)  # modules whose output is new memory
 
@@ -34,8 +30,8 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
 
     Args:
         model: any module. Each of the modules in it has its own forward traced with torch.fx, where that can be; the
-            modules that it calls stay calls. Where a forward cannot be traced, a ReLU is fused with the dropout that
-            its source shows to be called on the ReLU's output, as in T5's feed-forward and nn.TransformerEncoderLayer.
+            modules that it calls stay calls. A ReLU and the dropout that the source of the module's class shows to be
+            called on its output, as in T5's feed-forward and nn.TransformerEncoderLayer, need no trace.
         example_inputs: None, or what ``model`` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
             The model is run on it in eval mode; a module whose outputs are not the same as before, but for rounding,
             gets its forward back.
@@ -51,7 +47,8 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
       is fused while in eval mode, or to be frozen: buffers like torchvision's FrozenBatchNorm2d and that formula. Not
       bit for bit the same, but as near to the truth. torch's own in 16 bits, or in other types than the input, is not
       fused.
-    - ReLU, then dropout: :func:`relu_dropout`. In training other elements are dropped than by ``F.dropout``, as many.
+    - ReLU, then dropout: :func:`relu_dropout`, which has the first claim on a ReLU. In training other elements are
+      dropped than by ``F.dropout``, as many.
     - linear layer, then ReLU: :func:`linear_relu`.
 
     The modules stay where they are, and what is fused looks at them in each call: a hook registered on one of them
@@ -62,16 +59,18 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
     report = Report()
     rewritten: dict[str, nn.Module] = {}
     traces: dict[nn.Module, list[Trace] | NotTraceable] = {}
-    occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         if not _has_own_forward(module):
             continue
-        paths = _traces(module, traces)
-        if isinstance(paths, NotTraceable):
-            pairs = list(_fuse_neighbours(module, occurrences))
+        if pairs := _neighbours(module):
+            replace(module, "__class__", source.with_pairs_fused(type(module), tuple(pairs)))
             for relu, dropout in pairs:
                 report[_join(name, relu)] = f"{relu}, {dropout}", "relu_ext.relu_dropout"
-            if not pairs and any(_is_relu_module(child) for child in module.children()):
+            rewritten[name] = module
+            continue
+        paths = _traces(module, traces)
+        if isinstance(paths, NotTraceable):
+            if any(_is_relu_module(child) for child in module.children()):
                 report.left_alone[name] = str(paths)
         elif changes := _fuse_graphs(module, name, paths, traces, report):
             try:
@@ -154,9 +153,16 @@ class _Site:
             return self.module.get_submodule(node.target)
         return None
 
-    def handle(self, node: fx.Node) -> fx.Node | None:
+    def handle(self, node: fx.Node) -> Any:
         """The module itself as a value; None where a function is called."""
         return self.graph.get_attr(node.target) if node.op == "call_module" else None
+
+    def reason_to_keep(self, node: fx.Node) -> str | None:
+        """Why a call whose output is to be fused with what follows has to stay."""
+        child = self.child(node)
+        if child is not None and not neighbours.is_plain(child, (type(child),)):
+            return f"{self.names(node)} has hooks or a forward of its own"
+        return f"{self.names(node)} is used elsewhere, too" if len(node.users) > 1 else None
 
     def fuse(self, at: fx.Node, last: fx.Node, function, modules: list[fx.Node], *arguments: Any) -> None:
         """Calls ``function`` in the place of ``at``; what used ``last`` uses that."""
@@ -195,29 +201,30 @@ def _is_relu(module: nn.Module, node: fx.Node) -> bool:
         return _is_relu_module(module.get_submodule(node.target))
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
-    return node.op == "call_function" and node.target in RELU_FUNCTIONS
+    return node.op == "call_function" and node.target in neighbours.RELU_FUNCTIONS
 
 
 def _fuse_at(site: _Site) -> tuple[str, str] | str | None:
     """What was called and what is called now; or why it was left alone; None where there is nothing to fuse."""
-    return _fuse_dropout(site) or _fuse_before(site)
+    relu = site.child(site.relu)
+    if relu is not None and not neighbours.is_plain(relu, neighbours.RELUS):
+        return f"{site.names(site.relu)} has hooks or a forward of its own"
+    return _fuse_after(site) or _fuse_before(site)
 
 
-def _fuse_dropout(site: _Site) -> tuple[str, str] | None:
+def _fuse_after(site: _Site) -> tuple[str, str] | str | None:
+    """With what takes the ReLU's output."""
     relu = site.relu
-    if len(relu.users) != 1:
+    dropout = next(iter(relu.users), None)
+    if dropout is None or len(relu.users) > 1:
         return None
-    (dropout,) = relu.users
     input, before = relu.args[0], site.names(relu, dropout)
     if type(site.child(dropout)) in neighbours.DROPOUTS:
+        if not neighbours.is_plain(site.child(dropout), neighbours.DROPOUTS):
+            return f"{site.names(dropout)} has hooks or a forward of its own"
         site.fuse(relu, dropout, neighbours.relu_then_dropout, [relu, dropout], input)
-    elif probability := _dropped(dropout):
-        with site.graph.inserting_before(relu):
-            handle = site.handle(relu)
-            fused = site.graph.call_function(neighbours.relu_then_dropped, (handle, input, probability))
-        dropout.replace_all_uses_with(fused)
-        site.graph.erase_node(dropout)
-        site.graph.erase_node(relu)
+    elif p := _dropped(dropout):
+        site.fuse(relu, dropout, neighbours.relu_then_dropped, [relu], input, p)
     else:
         return None
     return before, "relu_ext.relu_dropout"
@@ -240,19 +247,17 @@ def _fuse_before(site: _Site) -> tuple[str, str] | str | None:
     if _is_sum(producer):
         return _fuse_sum(site, producer)
     child = site.child(producer)
-    shared, before = f"{site.names(producer)} is used elsewhere, too", site.names(producer, relu)
-    if type(child) in neighbours.LINEARS:
-        if len(producer.users) > 1:
-            return shared
-        site.fuse(producer, relu, neighbours.linear_then_relu, [producer, relu], producer.args[0])
-        return before, "relu_ext.linear_relu"
     eps = _eps(child)
+    if type(child) not in neighbours.LINEARS and not isinstance(eps, float):
+        return eps
+    if reason := site.reason_to_keep(producer):
+        return reason
+    before, input = site.names(producer, relu), producer.args[0]
     if isinstance(eps, float):
-        if len(producer.users) > 1:
-            return shared
-        site.fuse(producer, relu, neighbours.norm_then_relu, [producer, relu], producer.args[0], eps)
+        site.fuse(producer, relu, neighbours.norm_then_relu, [producer, relu], input, eps)
         return before, _scale_shift_relu(child)
-    return eps
+    site.fuse(producer, relu, neighbours.linear_then_relu, [producer, relu], input)
+    return before, "relu_ext.linear_relu"
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -265,15 +270,16 @@ def _fuse_sum(site: _Site, add: fx.Node) -> tuple[str, str] | str:
     relu, in_place = site.relu, add.target in (operator.iadd, "add_")
     if len(add.args) != 2 or add.kwargs or not all(isinstance(operand, fx.Node) for operand in add.args):
         return f"{site.names(add)} does not add two tensors"
-    if len(add.users) > 1:
-        return f"{site.names(add)} is used elsewhere, too"
+    if reason := site.reason_to_keep(add):
+        return reason
     if in_place and (len(add.args[0].users) > 1 or not site.is_fresh(add.args[0])):
         return f"{site.names(add)} changes in place what may be used elsewhere, too"
     for norm, residual in (add.args, add.args[::-1]):
         child = site.child(norm)
         eps = _eps(child)
         # It is computed when the sum is, perhaps later than before: nobody may change its input in between.
-        if isinstance(eps, float) and len(norm.users) == 1 and norm is not residual and _is_private(site, norm.args[0]):
+        is_last = isinstance(eps, float) and norm is not residual and not site.reason_to_keep(norm)
+        if is_last and _is_private(site, norm.args[0]):
             before = site.names(norm, add, relu)
             arguments = norm.args[0], residual, eps, in_place
             site.fuse(add, relu, neighbours.norm_then_add_then_relu, [norm, relu], *arguments)
@@ -341,84 +347,17 @@ def _set_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         module._buffers[name] = value
 
 
-# Neighbours in a forward that cannot be traced
+# Neighbours in the source
 
 
-def _fuse_neighbours(module: nn.Module, occurrences: Counter) -> Iterator[tuple[str, str]]:
-    """Names of a ReLU and a dropout of ``module`` that are fused by what they are, not by who calls them."""
-    for relu_name, dropout_name in _straight_into(type(module)):
-        relu, dropout = getattr(module, relu_name, None), getattr(module, dropout_name, None)
-        if type(dropout) not in neighbours.DROPOUTS or not neighbours.is_plain(dropout, neighbours.DROPOUTS):
-            continue
-        if occurrences[id(dropout)] != 1:
-            continue
-        if _is_relu_module(relu):
-            if occurrences[id(relu)] != 1 or not neighbours.is_plain(relu, neighbours.RELUS):
-                continue
-            replace(relu, "__class__", neighbours.ReLULeftToDropout)
-        elif vars(module).get(relu_name) in (F.relu, torch.relu, functional.relu):
-            replace(module, relu_name, neighbours.relu_left_to_dropout)
-        else:
-            continue
-        replace(dropout, "__class__", neighbours.DropoutWithReLU)
-        yield relu_name, dropout_name
-
-
-def _straight_into(cls: type[nn.Module]) -> list[tuple[str, str]]:
-    """Attributes (a, b) of which the source of a class shows ``self.b(self.a(...))`` and no other use.
-
-    Written like that, or as ``x = self.a(...)`` and ``x = self.b(x)`` in succession.
-    """
-    uses: Counter = Counter()
-    pairs = []
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            return []
-        for method in tree.body[0].body:
-            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "__setstate__"):
-                uses.update(name for node in ast.walk(method) if (name := _attribute_of_self(node)))
-                pairs += _calls_in_succession(method)
-    return [(first, second) for first, second in pairs if uses[first] == uses[second] == 1]
-
-
-def _attribute_of_self(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-        return node.attr
-    return None
-
-
-def _called(node: ast.AST | None) -> tuple[str | None, ast.expr | None]:
-    """(name, argument) of ``self.name(argument)``."""
-    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
-        return _attribute_of_self(node.func), node.args[0]
-    return None, None
-
-
-def _calls_in_succession(method: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(method):
-        second, inner = _called(node)
-        first, _ = _called(inner)
-        if first and second:
-            yield first, second
-        statements = getattr(node, "body", None)
-        if isinstance(statements, list):
-            for one, two in itertools.pairwise(statements):
-                yield from _same_name_again(one, two)
-
-
-def _same_name_again(one: ast.stmt, two: ast.stmt) -> Iterator[tuple[str, str]]:
-    """(a, b) of ``x = self.a(...)`` and ``x = self.b(x)``: the first x is gone."""
-    if not (isinstance(one, ast.Assign) and isinstance(two, ast.Assign)):
-        return
-    (first, _), (second, argument) = _called(one.value), _called(two.value)
-    if first and second and isinstance(argument, ast.Name):
-        names = {ast.unparse(target) for target in (*one.targets, *two.targets)}
-        if names == {argument.id}:
-            yield first, second
+def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
+    """Attributes of a ReLU and a dropout that is called on its output."""
+    attributes = {**vars(module), **module._modules}
+    relus = {name for name, value in attributes.items() if neighbours.is_relu(value)}
+    dropouts = {name for name, value in attributes.items() if neighbours.is_plain(value, neighbours.DROPOUTS)}
+    if not (relus and dropouts):
+        return []
+    return [pair for pair in source.pairs_of(type(module)) if pair[0] in relus and pair[1] in dropouts]
 
 
 # Verifying

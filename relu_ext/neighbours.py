@@ -5,6 +5,10 @@ Where one has a hook, another class or a forward of its own, trains (batch norma
 modules are called one by one: that is the definition.
 """
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,13 +16,17 @@ from torch import Tensor, nn
 from . import functional, modules
 
 RELUS = (nn.ReLU, modules.ReLU)
+RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, functional.relu, functional.relu_)
 LINEARS = (nn.Linear,)
 DROPOUTS = (nn.Dropout,)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
-def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+Activation = Callable[[Tensor], Tensor]  # a module or a function
+
+
+def is_plain(module: Any, kinds: tuple[type, ...]) -> bool:
     """Whether calling ``module`` does what its class, one of ``kinds``, does, and nothing else."""
     return (
         type(module) in kinds
@@ -33,43 +41,50 @@ def is_frozen_batch_norm(module: nn.Module) -> bool:
     return module._buffers.keys() >= FROZEN_BUFFERS and not module._parameters and not module._modules
 
 
-def _may_fuse(relu: nn.Module | None, *others: tuple[nn.Module, tuple[type, ...]]) -> bool:
-    return (relu is None or is_plain(relu, RELUS)) and all(is_plain(*other) for other in others)
+def is_relu(activation: Any) -> bool:
+    return is_plain(activation, RELUS) or (inspect.isroutine(activation) and activation in RELU_FUNCTIONS)
 
 
-def _rectified(relu: nn.Module | None, input: Tensor) -> Tensor:
+def _may_fuse(relu: Activation | None, *others: tuple[nn.Module, tuple[type, ...]]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return (relu is None or is_relu(relu)) and all(is_plain(*other) for other in others)
+
+
+def _rectified(relu: Activation | None, input: Tensor) -> Tensor:
+    """A ``relu`` of None is the function."""
     return functional.relu(input) if relu is None else relu(input)
 
 
-def linear_then_relu(linear: nn.Module, relu: nn.Module | None, input: Tensor) -> Tensor:
-    """``relu(linear(input))``; a ``relu`` of None is the function."""
+def linear_then_relu(linear: nn.Module, relu: Activation | None, input: Tensor) -> Tensor:
+    """``relu(linear(input))``."""
     if _may_fuse(relu, (linear, LINEARS)):
         return functional.linear_relu(input, linear.weight, linear.bias)
     return _rectified(relu, linear(input))
 
 
-def relu_then_dropout(relu: nn.Module | None, dropout: nn.Module, input: Tensor) -> Tensor:
+def relu_then_dropout(relu: Activation | None, dropout: nn.Module, input: Tensor) -> Tensor:
     """``dropout(relu(input))``."""
     if _may_fuse(relu, (dropout, DROPOUTS)):
         return functional.relu_dropout(input, dropout.p, dropout.training)
     return dropout(_rectified(relu, input))
 
 
-def relu_then_dropped(relu: nn.Module | None, input: Tensor, p: float) -> Tensor:
+def relu_then_dropped(relu: Activation | None, input: Tensor, p: float) -> Tensor:
     """``dropout(relu(input), p)`` with dropout as a function, in training."""
     if _may_fuse(relu):
         return functional.relu_dropout(input, p)
     return F.dropout(_rectified(relu, input), p)
 
 
-def add_then_relu(relu: nn.Module | None, input: Tensor, residual: Tensor, in_place: bool) -> Tensor:
+def add_then_relu(relu: Activation | None, input: Tensor, residual: Tensor, in_place: bool) -> Tensor:
     """``relu(input + residual)``. In place ``input`` keeps its dtype and shape, and nobody sees it afterwards."""
     if _may_fuse(relu) and _is_alike(input, residual):
         return functional.add_relu(input, residual)
     return _rectified(relu, input.add_(residual) if in_place else input + residual)
 
 
-def norm_then_relu(norm: nn.Module, relu: nn.Module | None, input: Tensor, eps: float) -> Tensor:
+def norm_then_relu(norm: nn.Module, relu: Activation | None, input: Tensor, eps: float) -> Tensor:
     """``relu(norm(input))`` for a batch normalisation with fixed statistics."""
     if _may_fuse(relu) and _is_fixed(norm, input):
         return functional.scale_shift_relu(input, *scale_and_shift(norm, eps))
@@ -77,7 +92,7 @@ def norm_then_relu(norm: nn.Module, relu: nn.Module | None, input: Tensor, eps: 
 
 
 def norm_then_add_then_relu(
-    norm: nn.Module, relu: nn.Module | None, input: Tensor, residual: Tensor, eps: float, in_place: bool
+    norm: nn.Module, relu: Activation | None, input: Tensor, residual: Tensor, eps: float, in_place: bool
 ) -> Tensor:
     """``relu(norm(input) + residual)``."""
     if _may_fuse(relu) and _is_fixed(norm, input) and _is_alike(input, residual):
@@ -116,22 +131,3 @@ def scale_and_shift(norm: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
         scale = norm.weight * scale
     shift = -norm.running_mean * scale
     return scale, shift if norm.bias is None else norm.bias + shift
-
-
-class ReLULeftToDropout(nn.ReLU):
-    """A ReLU whose output goes to a :class:`DropoutWithReLU` and to nobody else: it leaves the work to that."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input if is_plain(self, (ReLULeftToDropout,)) else functional.relu(input, self.inplace)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return nn.ReLU(self.inplace).train(self.training)
-
-
-class DropoutWithReLU(modules.ReLUDropout, nn.Dropout):
-    """A dropout before which somebody left out a ReLU; one that was done all the same changes nothing."""
-
-
-def relu_left_to_dropout(input: Tensor) -> Tensor:
-    """:class:`ReLULeftToDropout` as a function."""
-    return input

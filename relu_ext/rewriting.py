@@ -232,17 +232,20 @@ def rewritten_class(cls: type[nn.Module], text: str) -> type[nn.Module]:
     """A subclass of ``cls`` with the ``forward`` that ``text`` defines; the same one for the same text."""
     file = f"<relu_ext.fuse: {cls.__qualname__} {hash(text) & 0xFFFFFFFF:08x}>"
     linecache.cache[file] = len(text), None, text.splitlines(True), file  # for tracebacks
-    namespace: dict[str, Any] = {
-        "unchanged": cls.forward
-    }  # no __name__: Dynamo would look for the names in that module
+    namespace: dict[str, Any] = {"unchanged": cls.forward}  # no __name__, or Dynamo would look in that module
     exec(compile(text, file, "exec"), namespace)
+    return subclass(cls, {"forward": namespace["forward"]}, rewritten_class, text)
+
+
+def subclass(cls: type[nn.Module], methods: dict[str, Callable], make: Callable, *arguments: Any) -> type[nn.Module]:
+    """A class that stands for ``cls``, with other methods; ``make(cls, *arguments)`` gives it again to a pickle."""
 
     def reduce(self, protocol):
         _, _, *state = cls.__reduce_ex__(self, protocol)
-        return (new_rewritten, (cls, text), *state)
+        return (new_instance, (make, cls, *arguments), *state)
 
     members = {
-        "forward": namespace["forward"],
+        **methods,
         "__reduce_ex__": reduce,
         "__prepare_scriptable__": _original,
         "__module__": __name__,
@@ -252,9 +255,9 @@ def rewritten_class(cls: type[nn.Module], text: str) -> type[nn.Module]:
     return _RewrittenType(cls.__name__, (cls,), members)
 
 
-def new_rewritten(cls: type[nn.Module], text: str) -> nn.Module:
+def new_instance(make: Callable, *arguments: Any) -> nn.Module:
     """An empty one, for copy and pickle."""
-    return object.__new__(rewritten_class(cls, text))
+    return object.__new__(make(*arguments))
 
 
 def _original(module: nn.Module) -> nn.Module:
