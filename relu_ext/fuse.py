@@ -53,11 +53,11 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
 
     The modules stay where they are, and what is fused looks at them in each call: a hook registered on one of them
     later is called, one that is replaced is used, and under torch.compile, export and TorchScript the model is what it
-    was. Arguments that are no tensors, and plain attributes with other values than now, lead to the forward as it was.
-    A graph has what globals and attributes of other objects were when it was made.
+    was. Arguments that are no tensors or are given by name, and plain attributes with other values than now, lead to
+    the forward as it was. A graph has what globals and attributes of other objects were when it was made.
     """
     report = Report()
-    rewritten: dict[str, nn.Module] = {}
+    rewritten: dict[str, tuple[nn.Module, dict]] = {}
     traces: dict[nn.Module, list[Trace] | NotTraceable] = {}
     for name, module in model.named_modules():
         if not _has_own_forward(module):
@@ -66,7 +66,6 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
             replace(module, "__class__", source.with_pairs_fused(type(module), tuple(pairs)))
             for relu, dropout in pairs:
                 report[_join(name, relu)] = f"{relu}, {dropout}", "relu_ext.relu_dropout"
-            rewritten[name] = module
             continue
         paths = _traces(module, traces)
         if isinstance(paths, NotTraceable):
@@ -79,7 +78,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
                 report.left_alone[name] = str(reason)
                 continue
             report.update(changes)
-            rewritten[name] = module
+            rewritten[name] = module, changes
     if example_inputs is not None:
         _verify(model, example_inputs, rewritten, report)
     return report
@@ -174,20 +173,31 @@ class _Site:
             if node in (last, self.relu, at, *modules):
                 self.graph.erase_node(node)
 
-    def is_fresh(self, node: Any, module: nn.Module | None = None) -> bool:
-        """Whether a value is new memory that nobody but its users in this graph holds."""
-        child = (module or self.module).get_submodule(node.target) if node.op == "call_module" else None
-        if type(child) in FRESH:
-            return True
-        if type(child) in (nn.Identity, *neighbours.RELUS):
-            return self.is_fresh(node.args[0], module)
-        if child is None or not _has_own_forward(child):
-            return node.op == "call_function" and node.target in (operator.add, operator.mul, torch.add)
-        paths = _traces(child, self.traces)
-        if isinstance(paths, NotTraceable):
-            return False
-        outputs = [path.graph.output_node().args[0] for path in paths]
-        return all(isinstance(output, fx.Node) and self.is_fresh(output, child) for output in outputs)
+    def is_private(self, node: fx.Node) -> bool:
+        """Whether nobody but its one user sees a value."""
+        return len(node.users) == 1 and _is_fresh(self.module, node, self.traces)
+
+    def calls(self, node: fx.Node) -> int:
+        """How often the module that a node calls is called."""
+        return sum(other.op == node.op and other.target == node.target for other in self.graph.nodes)
+
+
+def _is_fresh(module: nn.Module, node: fx.Node, traces: dict) -> bool:
+    """Whether a value in the graph of ``module`` is new memory, which is held by nobody outside of the graph."""
+    if node.op != "call_module":
+        return node.op == "call_function" and node.target in (operator.add, operator.mul, torch.add)
+    child = module.get_submodule(node.target)
+    if not neighbours.is_plain(child, (type(child),)):
+        return False  # a hook may keep it
+    if type(child) in FRESH:
+        return True
+    if type(child) in (nn.Identity, *neighbours.RELUS):
+        return _is_fresh(module, node.args[0], traces)
+    paths = _traces(child, traces) if _has_own_forward(child) else []
+    if not paths or isinstance(paths, NotTraceable):
+        return False
+    outputs = [path.graph.output_node().args[0] for path in paths]
+    return all(isinstance(output, fx.Node) and _is_fresh(child, output, traces) for output in outputs)
 
 
 def _is_relu_module(module: nn.Module | None) -> bool:
@@ -219,15 +229,27 @@ def _fuse_after(site: _Site) -> tuple[str, str] | str | None:
     if dropout is None or len(relu.users) > 1:
         return None
     input, before = relu.args[0], site.names(relu, dropout)
+    is_private = site.is_private(input)
     if type(site.child(dropout)) in neighbours.DROPOUTS:
         if not neighbours.is_plain(site.child(dropout), neighbours.DROPOUTS):
             return f"{site.names(dropout)} has hooks or a forward of its own"
-        site.fuse(relu, dropout, neighbours.relu_then_dropout, [relu, dropout], input)
+        function, modules, arguments = neighbours.relu_then_dropout, [relu, dropout], (input, is_private)
     elif p := _dropped(dropout):
-        site.fuse(relu, dropout, neighbours.relu_then_dropped, [relu], input, p)
+        function, modules, arguments = neighbours.relu_then_dropped, [relu], (input, p, is_private)
     else:
         return None
+    if not is_private and _is_in_place(site):
+        return f"{site.names(relu)} changes in place what may be used elsewhere, too"
+    site.fuse(relu, dropout, function, modules, *arguments)
     return before, "relu_ext.relu_dropout"
+
+
+def _is_in_place(site: _Site) -> bool:
+    relu = site.relu
+    if relu.op == "call_module":
+        return site.child(relu).inplace
+    inplace = [*relu.args[1:], *relu.kwargs.values()]
+    return relu.target in ("relu_", *neighbours.IN_PLACE) or inplace not in ([], [False])
 
 
 def _dropped(node: fx.Node) -> float:
@@ -272,14 +294,14 @@ def _fuse_sum(site: _Site, add: fx.Node) -> tuple[str, str] | str:
         return f"{site.names(add)} does not add two tensors"
     if reason := site.reason_to_keep(add):
         return reason
-    if in_place and (len(add.args[0].users) > 1 or not site.is_fresh(add.args[0])):
+    if in_place and not site.is_private(add.args[0]):
         return f"{site.names(add)} changes in place what may be used elsewhere, too"
     for norm, residual in (add.args, add.args[::-1]):
         child = site.child(norm)
         eps = _eps(child)
-        # It is computed when the sum is, perhaps later than before: nobody may change its input in between.
+        # It is computed when the sum is, perhaps later than before: nothing may change its input or statistics before.
         is_last = isinstance(eps, float) and norm is not residual and not site.reason_to_keep(norm)
-        if is_last and _is_private(site, norm.args[0]):
+        if is_last and site.calls(norm) == 1 and site.is_private(norm.args[0]):
             before = site.names(norm, add, relu)
             arguments = norm.args[0], residual, eps, in_place
             site.fuse(add, relu, neighbours.norm_then_add_then_relu, [norm, relu], *arguments)
@@ -287,10 +309,6 @@ def _fuse_sum(site: _Site, add: fx.Node) -> tuple[str, str] | str:
     before = site.names(add, relu)
     site.fuse(add, relu, neighbours.add_then_relu, [relu], *add.args, in_place)
     return before, "relu_ext.add_relu"
-
-
-def _is_private(site: _Site, node: fx.Node) -> bool:
-    return len(node.users) == 1 and site.is_fresh(node)
 
 
 def _scale_shift_relu(norm: nn.Module) -> str:
@@ -363,8 +381,11 @@ def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
 # Verifying
 
 
-def _verify(model: nn.Module, example_inputs: Any, rewritten: dict[str, nn.Module], report: Report) -> None:
-    """Runs the model; what does not give what its own forward gives gets that back."""
+def _verify(model: nn.Module, example_inputs: Any, rewritten: dict, report: Report) -> None:
+    """Runs the model; what does not give what its own forward gives gets that back.
+
+    ``rewritten`` has, by name, each module with its part of the report.
+    """
     expected: dict[nn.Module, Any] = {}
     wrong: set[nn.Module] = set()
 
@@ -377,22 +398,23 @@ def _verify(model: nn.Module, example_inputs: Any, rewritten: dict[str, nn.Modul
             wrong.add(module)
 
     flags = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in rewritten.values()]
-    handles += [module.register_forward_hook(after) for module in rewritten.values()]
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module, _ in rewritten.values()]
+    handles += [module.register_forward_hook(after) for module, _ in rewritten.values()]
+    keywords = example_inputs if isinstance(example_inputs, Mapping) else {}
+    args = (example_inputs,) if isinstance(example_inputs, Tensor) else () if keywords else example_inputs
     try:
         with torch.no_grad():
-            model.eval()(**args) if isinstance(args, Mapping) else model.eval()(*args)
+            model.eval()(*args, **keywords)
     finally:
         for handle in handles:
             handle.remove()
         for module, training in flags.items():
             module.training = training
-    for name, module in rewritten.items():
+    for name, (module, changes) in rewritten.items():
         if module in wrong:
             restore(module)
-            for place in [place for place in report if place.rpartition(".")[0] == name]:
-                report.pop(place)
+            for place in changes:
+                del report[place]
             report.left_alone[name] = "the example inputs gave other outputs"
 
 

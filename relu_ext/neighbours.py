@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from . import functional, modules
 
 RELUS = (nn.ReLU, modules.ReLU)
-RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, functional.relu, functional.relu_)
+IN_PLACE = (torch.relu_, functional.relu_)
+RELU_FUNCTIONS = (F.relu, torch.relu, functional.relu, *IN_PLACE)
 LINEARS = (nn.Linear,)
 DROPOUTS = (nn.Dropout,)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # with the dimensions they take
 FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
@@ -63,18 +64,22 @@ def linear_then_relu(linear: nn.Module, relu: Activation | None, input: Tensor) 
     return _rectified(relu, linear(input))
 
 
-def relu_then_dropout(relu: Activation | None, dropout: nn.Module, input: Tensor) -> Tensor:
-    """``dropout(relu(input))``."""
-    if _may_fuse(relu, (dropout, DROPOUTS)):
+def relu_then_dropout(relu: Activation | None, dropout: nn.Module, input: Tensor, is_private: bool = False) -> Tensor:
+    """``dropout(relu(input))``; ``is_private``: nobody would see that a ReLU in place has changed ``input``."""
+    if (is_private or not _is_in_place(relu)) and _may_fuse(relu, (dropout, DROPOUTS)):
         return functional.relu_dropout(input, dropout.p, dropout.training)
     return dropout(_rectified(relu, input))
 
 
-def relu_then_dropped(relu: Activation | None, input: Tensor, p: float) -> Tensor:
+def relu_then_dropped(relu: Activation | None, input: Tensor, p: float, is_private: bool) -> Tensor:
     """``dropout(relu(input), p)`` with dropout as a function, in training."""
-    if _may_fuse(relu):
+    if (is_private or not _is_in_place(relu)) and _may_fuse(relu):
         return functional.relu_dropout(input, p)
     return F.dropout(_rectified(relu, input), p)
+
+
+def _is_in_place(relu: Activation | None) -> bool:
+    return relu in IN_PLACE or getattr(relu, "inplace", False)
 
 
 def add_then_relu(relu: Activation | None, input: Tensor, residual: Tensor, in_place: bool) -> Tensor:
@@ -114,11 +119,14 @@ def _is_fixed(norm: nn.Module, input: Tensor) -> bool:
     from the truth. A frozen one's formula rounds it.
     """
     variance = norm._buffers.get("running_var")
-    if variance is None or input.dtype != variance.dtype:
+    if variance is None or not isinstance(input, Tensor) or input.dtype != variance.dtype:
         return False
-    if is_plain(norm, BATCH_NORMS):
-        return not norm.training and input.dtype in (torch.float32, torch.float64)
-    return is_plain(norm, (type(norm),)) and is_frozen_batch_norm(norm)
+    if input.dim() < 2 or input.shape[1] != variance.numel():
+        return False
+    if is_plain(norm, tuple(BATCH_NORMS)):
+        is_wide = input.dtype in (torch.float32, torch.float64)
+        return is_wide and not norm.training and input.dim() in BATCH_NORMS[type(norm)]
+    return input.dim() == 4 and is_plain(norm, (type(norm),)) and is_frozen_batch_norm(norm)
 
 
 def scale_and_shift(norm: nn.Module, eps: float) -> tuple[Tensor, Tensor]:

@@ -279,6 +279,34 @@ def test_dropout(kind):
     assert_results(ours.eval(), theirs.eval(), images())
 
 
+@pytest.mark.parametrize("build", ["source", "graph", "function"])
+def test_a_relu_in_place_before_dropout(build):
+    """It changes what others see; not in the middle of a chain."""
+
+    def from_source(self, x):
+        y = x * 1
+        return self.dropout(self.relu(y)) + y
+
+    def from_graph(self, x):
+        y = x * 1
+        z = self.relu(y)
+        return self.dropout(z) + y
+
+    def function(self, x):
+        y = x * 1
+        return F.dropout(torch.relu_(y), 0.5, True) * 0 + y
+
+    forward = {"source": from_source, "graph": from_graph, "function": function}[build]
+    ours = block(forward, relu=nn.ReLU(inplace=True), dropout=nn.Dropout()).eval()
+    theirs = copy.deepcopy(ours)
+    report = relu_ext.fuse(ours)
+    assert build == "source" or "changes in place" in str(report)
+    assert_same(ours(x := images()), theirs(x))
+    chain = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Dropout())
+    assert relu_ext.fuse(chain).keys() == {"1"}
+    assert kept_by(chain, x)[1][-1].dtype == torch.uint8
+
+
 def test_dropout_has_the_first_claim():
     """It saves most: linear, ReLU and dropout are not fused with the linear layer."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 4))
@@ -323,6 +351,37 @@ def test_batch_norm_of_16_bits_is_left_to_torch(dtype):
         theirs = copy.deepcopy(model)
         relu_ext.fuse(model)
         assert_results(model, theirs, images(dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 6), (2, 1, 6, 6), (2, 3, 6, 6), (2, 4)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d], ids=["BatchNorm2d", "frozen"])
+def test_inputs_that_are_no_images(norm, shape):
+    """The same outputs or errors as before."""
+    theirs = nn.Sequential(norm(4), nn.ReLU()).eval()
+    ours = copy.deepcopy(theirs)
+    assert relu_ext.fuse(ours).keys() == {"1"}
+    input = torch.randn(shape)
+    try:
+        expected = theirs(input)
+    except Exception as error:
+        with pytest.raises(type(error)) as raised:
+            ours(input)
+        assert str(raised.value) == str(error)
+    else:
+        assert_same(ours(input), expected)
+
+
+def test_a_norm_that_is_called_twice_keeps_its_order():
+    def forward(self, x):
+        first = self.norm(self.conv(x))
+        second = self.norm(self.conv(x * 3))
+        return self.relu(first + second)
+
+    theirs = settle(block(forward, conv=conv, norm=nn.BatchNorm2d(4), relu=nn.ReLU()))
+    ours = copy.deepcopy(theirs)
+    assert list(relu_ext.fuse(ours).values()) == [("add, relu", ADD)]
+    assert_results(ours, theirs, images())
+    assert_same(ours.norm.running_mean, theirs.norm.running_mean)
 
 
 @pytest.mark.parametrize("has_eps", [True, False])
