@@ -612,7 +612,9 @@ def test_none_is_an_argument():
     assert_same(ours(x := images(), None), F.relu(x))
 
 
-@pytest.mark.parametrize("y", [images(dtype=torch.float64), images()[0], images().to(torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "y", [images(dtype=torch.float64), images()[0], images().to(torch.float16)], ids=["float64", "broadcast", "float16"]
+)
 @pytest.mark.parametrize("forward", [add_then_relu, in_place])
 def test_sums_of_unequal_tensors(forward, y):
     """Broadcast or promoted as torch does it; a sum in place keeps its dtype."""
