@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(counting_threads) count_runs_kernel(CountRuns 
   const int64_t part = how.channels.quotient(one), channel = one - part * how.channels.value;
   if (part >= how.parts) return;  // the whole warp
   const int lane = int(threadIdx.x % warp);
-  const int64_t bytes = bytes_of_bits(numel);
+  const int64_t bytes = (numel + 7) / 8;
   const int64_t last = part * how.part + how.part < how.of_channel ? part * how.part + how.part : how.of_channel;
   int64_t count = 0;
   for (int64_t item = part * how.part + lane / how.across; item < last; item += warp / how.across) {
@@ -66,7 +66,7 @@ struct CountColumns {
 __global__ void __launch_bounds__(counting_threads) count_columns_kernel(CountColumns how, Count work, int64_t numel) {
   const int64_t thread = int64_t(blockIdx.x) * counting_threads + threadIdx.x;
   const int64_t part = how.period.quotient(thread), column = thread - part * how.period.value;
-  const int64_t bytes = bytes_of_bits(numel);
+  const int64_t bytes = (numel + 7) / 8;
   int counts[32] = {};
   int64_t word = part * how.rows * how.period.value + column;
   for (int64_t row = 0; row < how.rows && 4 * word < bytes; ++row, word += how.period.value) {
