@@ -403,6 +403,7 @@ def test_exported(strict):
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("operation", FEW, ids=str)
 def test_make_fx(operation, mode, pre_dispatch):
     def run():
         gradient = make_fx(lambda x: output_and_gradient(operation.definition, x), tracing_mode=mode)
