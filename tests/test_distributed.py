@@ -53,5 +53,5 @@ def results(tmp_path_factory) -> tuple[str, dict[str, list[str | None]]]:
 def test_distributed(results, name):
     end, outcomes = results
     for rank, error in enumerate(outcomes[name]):
-        assert error is not None, f"rank {rank} did not come to it: {end}"
-        assert not error, f"rank {rank}: {error}"
+        if error != "":
+            pytest.fail(f"rank {rank} did not come to it: {end}" if error is None else f"rank {rank}: {error}")
