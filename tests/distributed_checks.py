@@ -115,6 +115,29 @@ class Seen:
         self.nodes.add(output.grad_fn.name())
 
 
+class Residual(nn.Module):
+    """What fuse changes without rounding elsewhere: an addition and a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.relu = nn.ReLU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.relu(self.second(self.relu(self.first(input))) + input)
+
+
+def residuals() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Residual(), Residual())
+
+
+def fused(model: nn.Module) -> nn.Module:
+    report = relu_ext.fuse(converted(model))
+    assert [after for _, after in report.values()] == ["relu_ext.add_relu"] * 2, report
+    return model
+
+
 # DistributedDataParallel
 
 
@@ -152,6 +175,11 @@ def data_parallel_without_synchronisation(rank: int, folder: Path) -> None:
     assert_equal(ours, theirs)
 
 
+def data_parallel_fused(rank: int, folder: Path) -> None:
+    theirs, ours = residuals(), fused(residuals())
+    assert_train_alike(DistributedDataParallel(theirs), DistributedDataParallel(ours), images(rank))
+
+
 # FSDP2
 
 
@@ -187,6 +215,20 @@ def fully_sharded_converted_afterwards(rank: int, folder: Path) -> None:
     seen = Seen(ours)
     assert_train_alike(theirs, ours, rows(rank))
     assert seen.nodes == NODES
+
+
+def shards_of_blocks(model: nn.Module) -> nn.Module:
+    for block in model:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fully_sharded_fused(rank: int, folder: Path) -> None:
+    assert_train_alike(shards_of_blocks(residuals()), shards_of_blocks(fused(residuals())), images(rank))
+
+
+def fully_sharded_fused_afterwards(rank: int, folder: Path) -> None:
+    assert_train_alike(shards_of_blocks(residuals()), fused(shards_of_blocks(residuals())), images(rank))
 
 
 # Tensor-parallel layers
@@ -257,9 +299,12 @@ CHECKS: tuple[Callable[[int, Path], None], ...] = (
     data_parallel_converted_afterwards,
     data_parallel_with_a_static_graph,
     data_parallel_without_synchronisation,
+    data_parallel_fused,
     fully_sharded,
     fully_sharded_in_bfloat16,
     fully_sharded_converted_afterwards,
+    fully_sharded_fused,
+    fully_sharded_fused_afterwards,
     tensor_parallel,
     checkpoint_of_a_stock_model,
     checkpoint_of_a_converted_model,

@@ -1,4 +1,4 @@
-"""A converted model on each of the roads out of eager torch: what comes of it is what comes of the stock model.
+"""A converted model, fused or not, on each of the roads out of eager torch: as the stock model, bit for bit.
 
 The operations on their own: test_export.py, test_compile.py, test_checkpoint.py, test_modes.py, test_layouts.py.
 """
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = self.relu(self.norm(self.first(input)))
-        return self.relu(self.bounded(self.second(output)) - input)
+        return self.relu(self.bounded(self.second(output)) + input)
 
 
 def stock() -> nn.Module:
@@ -47,15 +47,15 @@ def stock() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), Block(8), nn.MaxPool2d(2), *head, nn.Linear(16, 4))
 
 
-def converted(model: nn.Module) -> nn.Module:
-    report = relu_ext.convert(model)
-    assert len(report) == 5, report
-    return model
-
-
-def both() -> tuple[nn.Module, nn.Module]:
-    """The converted model and the stock one."""
-    return converted(stock()), stock()
+@pytest.fixture(params=["converted", "fused"])
+def both(request) -> tuple[nn.Module, nn.Module]:
+    """The model prepared and as it is."""
+    model = stock()
+    assert len(relu_ext.convert(model)) == 5
+    if request.param == "fused":
+        fused = [after for _, after in relu_ext.fuse(model, images()).values()]
+        assert fused == ["relu_ext.scale_shift_relu, in eval mode", "relu_ext.add_relu"]
+    return model, stock()
 
 
 def images(batch: int = 2) -> torch.Tensor:
@@ -72,18 +72,19 @@ def trained(model: nn.Module, run=None, input=None) -> list[torch.Tensor]:
 # Other programs than Python
 
 
-def test_export():
+def test_export(both):
     ours, theirs = (
-        torch.export.export(model.eval(), (images(),), dynamic_shapes=({0: Dim("batch")},)) for model in both()
+        torch.export.export(model.eval(), (images(),), dynamic_shapes=({0: Dim("batch")},)) for model in both
     )
     assert ours.graph_module.code == theirs.graph_module.code
     assert_same(ours.module()(images(7)), stock().eval()(images(7)))
 
 
-def test_aot_inductor_package(tmp_path):
+@pytest.mark.parametrize("both", ["fused"], indirect=True)  # what is exported is the same, above
+def test_aot_inductor_package(both, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("Inductor needs a C++ compiler")
-    exported = torch.export.export(converted(stock()).eval(), (images(),))
+    exported = torch.export.export(both[0].eval(), (images(),))
     quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # what calls the kernels, not these
     path = torch._inductor.aoti_compile_and_package(
         exported, package_path=str(tmp_path / "model.pt2"), inductor_configs=quickly
@@ -92,12 +93,12 @@ def test_aot_inductor_package(tmp_path):
     torch.testing.assert_close(loaded(images()), stock().eval()(images()))  # of sums that Inductor orders anew
 
 
-def test_onnx(tmp_path):
+def test_onnx(both, tmp_path):
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     programs = []
-    for model in both():
+    for model in both:
         program = torch.onnx.export(model.eval(), (images(),), dynamo=True, verbose=False)
         programs.append(program)
     ours, theirs = ([node.op_type for node in program.model.graph] for program in programs)
@@ -115,9 +116,9 @@ def called(scripted) -> list[str]:
 @pytest.mark.parametrize(
     "make", [torch.jit.script, lambda model: torch.jit.trace(model, images())], ids=["script", "trace"]
 )
-def test_torchscript(make):
+def test_torchscript(both, make):
     file = io.BytesIO()
-    ours, theirs = (make(model.eval()) for model in both())
+    ours, theirs = (make(model.eval()) for model in both)
     assert called(ours) == called(theirs)
     torch.jit.save(ours, file)
     file.seek(0)
@@ -127,11 +128,11 @@ def test_torchscript(make):
 # torch's compiler
 
 
-def test_compile():
+def test_compile(both):
     """A single graph, of ATen operators that Inductor fuses."""
     torch._dynamo.reset()
     graphs, results = [], []
-    for model in both():
+    for model in both:
         recorded = AotEagerAndRecordGraphs()
         results.append(trained(model, torch.compile(model, backend=recorded, fullgraph=True)))
         graphs.append([graph.code for graph in (*recorded.fw_graphs, *recorded.bw_graphs)])
@@ -145,7 +146,7 @@ def test_compile():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_amp(dtype):
+def test_amp(both, dtype):
     def train(model):
         optimiser, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", init_scale=8.0)
         for _ in range(3):
@@ -157,12 +158,12 @@ def test_amp(dtype):
             scaler.update()
         return [loss.detach(), *model.parameters()]
 
-    assert_all_same(*map(train, both()))
+    assert_all_same(*map(train, both))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
-def test_activation_checkpointing(use_reentrant):
-    ours, theirs = both()
+def test_activation_checkpointing(both, use_reentrant):
+    ours, theirs = both
     results = trained(
         ours,
         lambda input: checkpoint_sequential(ours, 3, input, use_reentrant=use_reentrant),
@@ -171,16 +172,16 @@ def test_activation_checkpointing(use_reentrant):
     assert_all_same(results, trained(theirs))
 
 
-def test_save_on_cpu():
-    ours, theirs = both()
+def test_save_on_cpu(both):
+    ours, theirs = both
     with torch.autograd.graph.save_on_cpu():
         results = trained(ours)
     assert_all_same(results, trained(theirs))
 
 
-def test_channels_last():
+def test_channels_last(both):
     """The activations leave the layout as it is, and their kernels walk it."""
-    ours, theirs = (model.to(memory_format=torch.channels_last) for model in both())
+    ours, theirs = (model.to(memory_format=torch.channels_last) for model in both)
     seen = []
     ours[2].relu.register_forward_hook(lambda module, inputs, output: seen.append(output))
     input = images().to(memory_format=torch.channels_last)
