@@ -133,11 +133,11 @@ MODELS = (
     ),
     Model(
         name="ResNet",
-        what="ResNet-18 (arXiv:1512.03385), 8 images of 224 x 224",
+        what="ResNet-18 (arXiv:1512.03385), 4 images of 224 x 224",
         build=from_config(transformers.ResNetModel, transformers.ResNetConfig),
         sizes=RESNET_18,
         inputs=images,
-        batch=(8, 224),
+        batch=(4, 224),
         tiny=TINY_STAGES,
     ),
     Model(
@@ -160,11 +160,11 @@ MODELS = (
     ),
     Model(
         name="RT-DETR backbone",
-        what="ResNet-18-vd with frozen batch norms (arXiv:2304.08069), 4 images of 320 x 320",
+        what="ResNet-18-vd with frozen batch norms (arXiv:2304.08069), 2 images of 320 x 320",
         build=rt_detr_backbone,
         sizes=RESNET_18,
         inputs=masked_images,
-        batch=(4, 320),
+        batch=(2, 320),
         tiny=TINY_STAGES,
     ),
 )
@@ -366,7 +366,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [model.name for model in MODELS]
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=8, help="on the steps of a model, or nine rounds; %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="on a model's steps, or nine rounds; default: %(default)s"
+    )
     parser.add_argument("--tiny", action="store_true", help="the tests' sizes: a smoke test")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", type=Path, default=RESULTS, help="default: %(default)s")
