@@ -39,7 +39,9 @@ RESULTS = Path(__file__).parent / "results" / "latest-models.json"
 STOCK, CONVERTED, FUSED = "torch", "convert", "convert + fuse"
 VARIANTS = (STOCK, CONVERTED, FUSED)
 VOCABULARY = 1024
-BATCHES = 5  # for numbers that are not the same
+# For numbers that are not the same. In larger batches there nearly always is an element whose sign rounding decides, in
+# one of the two models: in eight of 2 x 320 x 320, 9 such elements with torch and 13 with relu_ext, of 126 million.
+BATCHES, FEW = 9, (1, 160)
 Record = dict[str, Any]
 Inputs = dict[str, Tensor]
 
@@ -252,13 +254,14 @@ def numbers(row: Model, models: dict[str, nn.Module], tiny: bool) -> dict[str, R
     """
     for model in models.values():
         model.train(not row.dropout)
-    batches = [row.example(tiny, seed) for seed in range(BATCHES)]
-    grads = incoming(models[STOCK], batches[0])
-    expected = results(models[STOCK], batches[0], grads)
+    inputs = row.example(tiny)
+    grads = incoming(models[STOCK], inputs)
+    expected = results(models[STOCK], inputs, grads)
     found: dict[str, Record] = {}
     for name in VARIANTS[1:]:
-        found[name] = {"identical": identical(results(models[name], batches[0], grads), expected)}
+        found[name] = {"identical": identical(results(models[name], inputs, grads), expected)}
         if not found[name]["identical"]:
+            batches = [row.inputs(*FEW, seed) for seed in range(BATCHES)]
             found[name]["error_ratio"] = {
                 of: harness.spread(ratios) for of, ratios in error_ratios(models[name], models[STOCK], batches).items()
             }
@@ -348,9 +351,9 @@ def table(records: list[Record]) -> Table:
     found = Table(
         title="Models of transformers",
         caption="numbers: outputs and gradients in float32 against torch's; where they are not the same, the distance "
-        f"of each from a run in float64, over torch's, median of {BATCHES} batches. kept: for the backward of a step, "
-        "every storage once, without parameters and inputs. step: forward and backward. Both over torch's, time in the "
-        f"same round: median (20 % to 80 %); below 1 relu_ext is better. {models}",
+        f"of each from a run in float64, over torch's, median of {BATCHES} small batches. kept: for the backward of a "
+        "step, every storage once, without parameters and inputs. step: forward and backward. Both over torch's, time "
+        f"in the same round: median (20 % to 80 %); below 1 relu_ext is better. {models}",
     )
     for heading in ("model", "numbers, convert", "and fuse"):
         found.add_column(heading)
