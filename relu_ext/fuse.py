@@ -44,9 +44,9 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
 
     - ``x + y``, then ReLU: :func:`add_relu`.
     - batch normalisation, then perhaps an addition, then ReLU: :func:`scale_shift_relu`. It has to be torch's own, and
-      is fused while in eval mode, or to be frozen: buffers like torchvision's FrozenBatchNorm2d and that formula. Not
-      bit for bit the same, but as near to the truth. torch's own in 16 bits, or in other types than the input, is not
-      fused.
+      is fused while in eval mode, or to be frozen: buffers like torchvision's FrozenBatchNorm2d and that formula. The
+      first has torch's outputs bit for bit where the CPU has fused multiply-adds, else and in all gradients numbers as
+      near to the truth. torch's own in 16 bits, or in other types than the input, is not fused.
     - ReLU, then dropout: :func:`relu_dropout`, which has the first claim on a ReLU. In training other elements are
       dropped than by ``F.dropout``, as many.
     - linear layer, then ReLU: :func:`linear_relu`.

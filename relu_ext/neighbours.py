@@ -132,10 +132,11 @@ def _is_fixed(norm: nn.Module, input: Tensor) -> bool:
 def scale_and_shift(norm: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
     """``(input - running_mean) * (running_var + eps).rsqrt() * weight + bias`` as two vectors.
 
-    ``eps`` is for a module that has no attribute of this name.
+    Rounded where ATen's kernel for the CPU rounds. ``eps`` is for a module that has no attribute of this name.
     """
     scale = (norm.running_var + norm.__dict__.get("eps", eps)).rsqrt()
     if norm.weight is not None:
         scale = norm.weight * scale
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else norm.bias + shift
+    if norm.bias is None:
+        return scale, -norm.running_mean * scale
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)

@@ -343,6 +343,19 @@ def test_batch_norm_is_as_near_to_the_truth_as_torchs(with_residual):
         assert (a - true).abs().max() <= (b - true).abs().max() + unit
 
 
+@pytest.mark.skipif(relu_ext.build_info()["isa"] == "portable", reason="no fused multiply-adds, which torch's has")
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_has_torchs_outputs(affine, memory_format):
+    """Bit for bit: one multiply-add an element, of a scale and a shift that are made with as many roundings."""
+    torch.manual_seed(0)
+    ours = settle(nn.Sequential(nn.BatchNorm2d(33, affine=affine), nn.ReLU())).eval()
+    theirs = copy.deepcopy(ours)
+    assert NORM in str(relu_ext.fuse(ours))
+    input = torch.randn(8, 33, 20, 20).contiguous(memory_format=memory_format)
+    assert torch.equal(ours(input), theirs(input))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_batch_norm_of_16_bits_is_left_to_torch(dtype):
     """Also with statistics in float32."""
