@@ -4,6 +4,8 @@
 everything (functorch's transforms, for instance) that a Function with hidden intermediates does not.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,13 @@ class ReLUFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor) -> Tensor:
         output, bits = torch.ops.relu_ext.relu_forward(input)
         ctx.save_for_backward(bits)
         ctx.stride = output.stride()
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (bits,) = ctx.saved_tensors
         return torch.ops.relu_ext.relu_backward(grad, bits, ctx.stride)

@@ -7,6 +7,7 @@ TorchScript see nothing else; plain dense tensors in eager mode take the kernels
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from . import _C
 
+Definition = TypeVar("Definition", bound=Callable)
 
-def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
+
+def _seen_by_compilers(function: Definition, definition: Definition) -> Definition:
     """Gives ``function`` the name of ``definition`` and lets compilers compile the latter in its place.
 
     They look for this on any function, so nothing need be asked at each call. Without it Dynamo would break its graph
@@ -33,7 +36,7 @@ def _seen_by_compilers(function: Callable, definition: Callable) -> Callable:
     return function
 
 
-def _kernel(kernel: Callable) -> Callable:
+def _kernel(kernel: Callable) -> Callable[[Definition], Definition]:
     """Decorates an operation's definition: the function made of it asks ``kernel`` first.
 
     ``kernel`` takes the same arguments in the same order, and returns NotImplemented for what it leaves to the
@@ -41,7 +44,7 @@ def _kernel(kernel: Callable) -> Callable:
     goes through no frame but its own.
     """
 
-    def decorate(definition: Callable) -> Callable:
+    def decorate(definition: Definition) -> Definition:
         parameters = inspect.signature(definition).parameters
         arguments = ", ".join(parameters)
         source = (
@@ -49,7 +52,7 @@ def _kernel(kernel: Callable) -> Callable:
             f"    output = kernel({arguments})\n"
             f"    return definition({arguments}) if output is NotImplemented else output\n"
         )
-        names: dict[str, Callable] = {"kernel": kernel, "definition": definition}
+        names: dict[str, Any] = {"kernel": kernel, "definition": definition}
         exec(compile(source, __file__, "exec"), names)
         function = names["function"]
         function.__defaults__ = definition.__defaults__

@@ -4,7 +4,7 @@ import copy
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ class _Site:
             return f"{self.names(node)} has hooks or a forward of its own"
         return f"{self.names(node)} is used elsewhere, too" if len(node.users) > 1 else None
 
-    def fuse(self, at: fx.Node, last: fx.Node, function, modules: list[fx.Node], *arguments: Any) -> None:
+    def fuse(self, at: fx.Node, last: fx.Node, function: Callable, modules: list[fx.Node], *arguments: Any) -> None:
         """Calls ``function`` in the place of ``at``; what used ``last`` uses that."""
         with self.graph.inserting_before(at):
             handles = [self.handle(node) for node in modules]
@@ -389,11 +389,11 @@ def _verify(model: nn.Module, example_inputs: Any, rewritten: dict, report: Repo
     expected: dict[nn.Module, Any] = {}
     wrong: set[nn.Module] = set()
 
-    def before(module, args, kwargs):
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
         expected[module] = type(module).__base__.forward(module, *args, **kwargs)
 
-    def after(module, args, output):
+    def after(module: nn.Module, _args: tuple, output: Any) -> None:
         if not _are_close(output, expected.pop(module)):
             wrong.add(module)
 

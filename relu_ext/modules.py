@@ -4,8 +4,11 @@ Each is an instance of the torch class of its name, where torch has it, and take
 state_dict are the same. Those at the end are a ReLU and its neighbours in one.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from .functional import (
     add_relu,
@@ -125,7 +128,9 @@ class BiasReLU(torch.nn.Module):
     """``relu(input + bias)`` with a learned bias for each of ``num_features`` indices of dimension ``dim``, at first 0;
     see :func:`relu_ext.bias_relu`."""
 
-    def __init__(self, num_features: int, dim: int = 1, device=None, dtype=None) -> None:
+    def __init__(
+        self, num_features: int, dim: int = 1, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.num_features, self.dim = num_features, dim
         self.bias = torch.nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -145,7 +150,14 @@ class FrozenBatchNormReLU2d(torch.nn.Module):
     made of the buffers in each call, in the buffers' dtype, and used in the input's.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
@@ -156,7 +168,7 @@ class FrozenBatchNormReLU2d(torch.nn.Module):
         shift = self.bias - self.running_mean * scale
         return scale_shift_relu(input, scale.to(input.dtype), shift.to(input.dtype), residual)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

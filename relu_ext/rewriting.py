@@ -34,7 +34,7 @@ class _Value(fx.Proxy):
     """A proxy that does not hide what a forward asks it: its class, and operators in place, which are not others."""
 
     @property
-    def __class__(self):
+    def __class__(self) -> type:
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return _Value
         if self.node.op == "placeholder":
@@ -43,7 +43,7 @@ class _Value(fx.Proxy):
 
 
 def _operator_in_place(name: str) -> Callable:
-    def method(self, other):
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
     return method
@@ -90,7 +90,7 @@ def _trace(module: nn.Module, training: bool) -> Trace:
     cls, fields, read = type(module), dict(vars(module)), set()
     names = fields.keys() - _OF_EVERY_MODULE
 
-    def reading(self, name):
+    def reading(self: nn.Module, name: str) -> Any:
         if name in names:
             read.add(name)
         return object.__getattribute__(self, name)
@@ -223,7 +223,7 @@ def _is_module(module: nn.Module, path: str) -> bool:
 class _RewrittenType(type):
     """Of classes for rewritten modules: a new object, as a slice of a Sequential makes, is one of the base class."""
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> nn.Module:
         return cls.__base__(*args, **kwargs)
 
 
@@ -240,7 +240,7 @@ def rewritten_class(cls: type[nn.Module], text: str) -> type[nn.Module]:
 def subclass(cls: type[nn.Module], methods: dict[str, Callable], make: Callable, *arguments: Any) -> type[nn.Module]:
     """A class that stands for ``cls``, with other methods; ``make(cls, *arguments)`` gives it again to a pickle."""
 
-    def reduce(self, protocol):
+    def reduce(self: nn.Module, protocol: int) -> tuple:
         _, _, *state = cls.__reduce_ex__(self, protocol)
         return (new_instance, (make, cls, *arguments), *state)
 
