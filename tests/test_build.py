@@ -1,5 +1,6 @@
 """What setup.py chooses to build, and that the extension in use is what its record says."""
 
+import ast
 import importlib.util
 import itertools
 import os
@@ -200,7 +201,68 @@ def test_every_source_is_shipped():
     assert not [source for source in extension.sources if "cuda" in source]
 
 
+def test_what_a_wheel_has_beside_the_extension(tmp_path):
+    """The package with its types, no more. A source distribution has these, and what the extension is made of."""
+    steps = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run([sys.executable, "setup.py", "--quiet", *steps], cwd=ROOT, check=True, capture_output=True)
+    package = {f"relu_ext/{path.name}" for path in (ROOT / "relu_ext").glob("*.py")}
+    package |= {"relu_ext/py.typed", "relu_ext/_C.pyi"}
+    assert {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*.*")} == package
+    listed = set((tmp_path / "relu_ext.egg-info" / "SOURCES.txt").read_text().split())
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert (package | sources) - listed == {"relu_ext/_build.py"}
+    assert not [path for path in listed if path.startswith("tests/")]
+
+
 # The extension in use
+
+
+def test_stub_names_what_the_extension_has():
+    """One by one, but for the operations."""
+    tree = ast.parse((ROOT / "relu_ext" / "_C.pyi").read_text())
+    named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    operations = {name for name in relu_ext.__all__ if hasattr(relu_ext.functional, name)}
+    assert named - {"__getattr__"} | operations == {name for name in vars(_C) if not name.startswith("__")}
+
+
+WITH_TORCH_ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+
+import torch
+from torch import nn
+
+import relu_ext
+
+model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 8), nn.ReLU6())
+assert list(relu_ext.convert(model)) == ["1", "4"]
+assert list(relu_ext.fuse(model, torch.randn(4, 8))) == ["1"]
+with relu_ext.installed(), relu_ext.Monitor(model) as monitor:
+    torch.relu(model(torch.randn(4, 8))).sum().backward()
+assert monitor.to_dict()["4"]["channels"] == 8 and monitor.scalars()
+for ask in (monitor.report, monitor.plot):
+    try:
+        ask()
+    except ImportError as error:
+        print(error)
+assert not set(sys.argv[1:]) & set(sys.modules)
+"""
+
+
+def test_torch_is_all_that_it_needs():
+    """Tables and pictures say what else they want."""
+    refused = ["numpy", "scipy", "rich", "matplotlib", "sklearn", "transformers", "onnx", "expecttest", "pytest"]
+    command = [sys.executable, "-W", "ignore", "-c", WITH_TORCH_ALONE, *refused]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    wanted = "relu_ext.Monitor needs {} for this: pip install relu_ext[bench]".format
+    assert result.stdout.splitlines() == [wanted("rich"), wanted("matplotlib")]
 
 
 def test_record_agrees_with_the_extension():
