@@ -1,4 +1,4 @@
-"""install(): a model that knows nothing of relu_ext trains with its kernels. python examples/install.py"""
+"""install(): a model that knows nothing of relu_ext trains with its kernels. PYTHONPATH=. python examples/install.py"""
 
 import copy
 
