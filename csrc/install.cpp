@@ -46,7 +46,6 @@ constexpr const Operation& row_of(std::string_view name) {
 
 // As for Python's callers: nullopt for what is no plain number, or an int that is no double.
 std::optional<double> number(const Scalar& scalar) {
-  constexpr int64_t exact_in_double = int64_t(1) << 53;
   if (scalar.isSymbolic()) return std::nullopt;
   if (scalar.isFloatingPoint()) return scalar.toDouble();
   if (!scalar.isIntegral(/*includeBool=*/false) || scalar.type() == at::kUInt64) return std::nullopt;

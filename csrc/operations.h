@@ -10,6 +10,9 @@
 
 namespace relu_ext {
 
+// Integers up to this are doubles.
+constexpr int64_t exact_in_double = int64_t(1) << 53;
+
 // What an operation is given: a tensor; one and a vector of a value for each of its channels; two alike; one and what
 // `beside` says; one, of which it drops elements; an input, a weight and a bias or none.
 enum class Form : uint8_t { elementwise, channels, gated, fused, dropout, linear };

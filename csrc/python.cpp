@@ -52,9 +52,7 @@ auto without_gil(const at::Tensor& input, Call call) {
   return call();
 }
 
-// An int beyond this is not a double, and a bool no number.
-constexpr long long exact_in_double = 1ll << 53;
-
+// Nothing for a bool, and for an int that is no double.
 std::optional<double> number(PyObject* object) {
   if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
   if (!PyLong_CheckExact(object)) return std::nullopt;

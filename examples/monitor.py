@@ -1,6 +1,6 @@
 """Finds a dead layer: trains a small network on scikit-learn's handwritten digits, one layer of which cannot fire.
 
-python examples/monitor.py [PICTURE.png]     needs `pip install relu_ext[bench]`
+PYTHONPATH=. python examples/monitor.py [PICTURE.png]     needs `pip install relu_ext[bench]`
 """
 
 import sys
