@@ -14,7 +14,7 @@ namespace {
 // has many warps; pieces for each group of lanes and words for each thread, so that few atomic sums are left.
 constexpr int64_t words_of_lane = 8, pieces_of_group = 8;
 constexpr int64_t least_rows = 8, most_rows = 1024, columns_threads = 16384;
-constexpr int64_t long_run = 32;  // elements
+constexpr int64_t run_to_count = 32;  // elements
 
 cudaError_t count_runs(const Count& work, int64_t numel, cudaStream_t stream) {
   const auto [channels, inner] = work.channels;
@@ -42,7 +42,7 @@ cudaError_t count_columns(const Count& work, int64_t numel, cudaStream_t stream)
 
 cudaError_t count(const Count& work, int64_t numel, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
-  return work.channels.inner >= long_run ? count_runs(work, numel, stream) : count_columns(work, numel, stream);
+  return work.channels.inner >= run_to_count ? count_runs(work, numel, stream) : count_columns(work, numel, stream);
 }
 
 cudaError_t find_nonfinite(const NonFinite& work, int64_t numel, cudaStream_t stream) {
