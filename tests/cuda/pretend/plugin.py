@@ -30,6 +30,7 @@ def pretend_cuda() -> None:
     cuda._maybe_exchange_device = lambda index: exchange_device(index)
     cuda.set_device = lambda device: accelerator.set_device_index(device)
     cuda.synchronize = lambda device=None: None
+    cuda.is_current_stream_capturing = lambda: False
     cuda._get_device_properties = lambda index: SimpleNamespace(name="pretended", major=8, minor=0)
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
