@@ -16,11 +16,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _checkout  # noqa: F401
 import harness
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from setup import FLAGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -35,19 +38,12 @@ BLOCK_SECONDS = 1e-3
 class Arrays(ctypes.Structure):
     """That of tests/portable/works.h."""
 
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            *("input", "other", "grad", "scale", "shift", "output", "grad_input", "grad_other", "bits", "totals"),
-        )
-    ]
+    NAMES = ("input", "other", "grad", "scale", "shift", "output", "grad_input", "grad_other", "bits", "totals")
+    _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
 
 
 def compiled(source: Path, csrc: Path) -> Path:
     """An object file, made once for what the preprocessor makes of the source."""
-    sys.path.insert(0, str(ROOT))
-    from setup import FLAGS
-
     command = ["g++", "-std=c++17", *FLAGS, "-fPIC", f"-I{csrc}", str(source)]
     text = subprocess.run([*command, "-E", "-P"], check=True, capture_output=True).stdout
     folder = ROOT / "build" / "builds"
