@@ -1,5 +1,6 @@
 // What surrounds an activation in a network: drop(act(input * scale + shift + residual)). No torch.
 #pragma once
+#include <cmath>
 #include <utility>
 
 #include "activations.h"
@@ -7,10 +8,11 @@
 
 namespace relu_ext {
 
-// Which parts there are. Each combination is compiled for itself.
-template <bool scale_, bool shift_, bool residual_, bool dropout_>
+// Which parts there are, and whether input * scale + shift is rounded once. Each combination is compiled for itself.
+template <bool scale_, bool shift_, bool residual_, bool dropout_, bool multiply_add_ = false>
 struct Parts {
   static constexpr bool scale = scale_, shift = shift_, residual = residual_, dropout = dropout_;
+  static constexpr bool multiply_add = multiply_add_;
 };
 
 // body(act): the activations that are fused with their neighbours. Each keeps bits.
@@ -22,22 +24,44 @@ auto with_fused_activation(Activation activation, const Scalars& scalars, Body b
   }
 }
 
-// body(Parts{}) with those of this work.
-template <class Body>
+// body(Parts{}) with those of this work, on elements of type T.
+template <class T, class Body>
 auto with_parts(const Fused& work, Body body) {
   if (work.dropout.factor) return body(Parts<false, false, false, true>{});
-  if (work.scale && work.residual) return body(Parts<true, true, true, false>{});
-  if (work.scale) return body(Parts<true, true, false, false>{});
+  if constexpr (!is_16_bit<T>) {  // the products of others are exact in float, and a multiply-add is faster
+    if (work.scale && !work.multiply_add)
+      return work.residual ? body(Parts<true, true, true, false>{}) : body(Parts<true, true, false, false>{});
+  }
+  if (work.scale && work.residual) return body(Parts<true, true, true, false, true>{});
+  if (work.scale) return body(Parts<true, true, false, false, true>{});
   if (work.shift) return body(Parts<false, true, false, false>{});
   return body(Parts<false, false, true, false>{});
 }
 
-// What the activation is given, yet to be rounded to T. Parts that are not there are not looked at.
-template <class Parts, class X>
+// Rounded, whatever is added to it: to be included where the compiler may not contract, or for a GPU.
+template <class X>
+RELU_EXT_INLINE X rounded_product(X a, X b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(X) == sizeof(float))
+    return __fmul_rn(a, b);
+  else
+    return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// What the activation is given, yet to be rounded to T. Parts that are not there are not looked at; without the
+// instruction a multiply-add is a product and a sum.
+template <class Parts, bool has_multiply_add, class X>
 RELU_EXT_INLINE X before_activation(X input, X scale, X shift, X residual) {
   X sum = input;
-  if constexpr (Parts::scale) sum = sum * scale;
-  if constexpr (Parts::shift) sum = sum + shift;
+  if constexpr (Parts::multiply_add && has_multiply_add)
+    sum = std::fma(input, scale, shift);
+  else if constexpr (Parts::scale)
+    sum = rounded_product(input, scale) + shift;
+  else if constexpr (Parts::shift)
+    sum = sum + shift;
   if constexpr (Parts::residual) sum = sum + residual;
   return sum;
 }

@@ -1,5 +1,6 @@
 // An activation fused with what surrounds it: vectors of a value for each channel, and a residual.
 #include <ATen/ops/add.h>
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/mul.h>
 
 #include <vector>
@@ -74,6 +75,7 @@ Outputs forward(const Bound& bound, const FusedInputs& inputs, bool with_bits) {
   work.scale = data(scale);
   work.shift = data(shift);
   work.residual = data(residual);
+  work.multiply_add = bound.operation->beside.multiply_add;
   work.output = output.mutable_data_ptr();
   work.bits = static_cast<uint8_t*>(written(bits));
   backend_of(input).fused(work, input.numel());
@@ -85,8 +87,12 @@ Outputs forward_by_operators(const Bound& bound, const FusedInputs& inputs) {
   const auto& [input, scale, shift, residual, dim] = inputs;
   const auto vector = [&, dim = dim, dims = input.dim()](const Tensor& of) { return broadcastable(of, dim, dims); };
   Tensor sum = input;
-  if (scale.defined()) sum = sum.mul(vector(scale));
-  if (shift.defined()) sum = sum.add(vector(shift));
+  if (bound.operation->beside.multiply_add) {
+    sum = at::addcmul(vector(shift), input, vector(scale));
+  } else {
+    if (scale.defined()) sum = sum.mul(vector(scale));
+    if (shift.defined()) sum = sum.add(vector(shift));
+  }
   if (residual.defined()) sum = sum.add(residual);
   return call_forward(activation_of(bound), sum);
 }

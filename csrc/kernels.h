@@ -111,9 +111,9 @@ struct Dropout {
 };
 
 // output = drop(act(input * scale + shift + residual)), and the bits where bits is not null; a dropped element has
-// none. scale and shift have a value for each channel, next to each other. What is null is not there; input * scale
-// without shift, and residual or shift with dropout, are not among the combinations. output may be input or residual,
-// else they don't overlap.
+// none. The product is rounded, unless multiply_add and the device has that instruction. scale and shift have a value
+// for each channel, next to each other. What is null is not there; input * scale without shift, and residual or shift
+// with dropout, are not among the combinations. output may be input or residual, else they don't overlap.
 struct Fused {
   Activation activation;
   Scalars scalars;
@@ -123,6 +123,7 @@ struct Fused {
   const void* scale;
   const void* shift;
   const void* residual;
+  bool multiply_add;
   Dropout dropout;
   void* output;
   uint8_t* bits;

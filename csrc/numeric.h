@@ -42,6 +42,9 @@ struct Float16 {
   }
 };
 
+template <class T>
+constexpr bool is_16_bit = sizeof(T) == 2;
+
 // !(value <= bound), so true for NaN; the bound is a number. `>` alone, which is one instruction where `<=` takes two.
 RELU_EXT_INLINE bool not_at_most(float value, float bound) { return !(value <= bound); }
 RELU_EXT_INLINE bool not_at_most(double value, double bound) { return !(value <= bound); }

@@ -18,9 +18,9 @@ constexpr int64_t exact_in_double = int64_t(1) << 53;
 enum class Form : uint8_t { elementwise, channels, gated, fused, dropout, linear };
 
 // The tensors beside the input of a fused operation, in this order: vectors of a value for each channel, and one like
-// the input, which where there is a scale may be None.
+// the input, which where there is a scale may be None. And whether input * scale + shift is one multiply-add.
 struct Beside {
-  bool scale, shift, residual;
+  bool scale, shift, residual, multiply_add = false;
 };
 
 // They set scalars that follow from the arguments. False: these are ATen's affair.
@@ -74,6 +74,7 @@ inline constexpr std::array operations{
     fused("add_relu", "AddReLUBackward", Activation::relu, {false, false, true}),
     fused("bias_relu", "BiasReLUBackward", Activation::relu, {false, true, false}),
     fused("scale_shift_relu", "ScaleShiftReLUBackward", Activation::relu, {true, true, true}),
+    fused("fma_relu", "FMAReLUBackward", Activation::relu, {true, true, true, true}),
     Operation{
         "relu_dropout", "ReLUDropoutBackward", Kept::bits, false, Activation::relu, 0, {}, nullptr, Form::dropout},
     Operation{

@@ -320,14 +320,26 @@ def scale_shift_relu(
         scale, shift: ``[input.shape[dim]]`` each.
         residual: as in :func:`add_relu`.
 
-    16-bit types are computed in float32 and rounded once; where the CPU has fused multiply-adds, no product is rounded.
-    So a sum next to 0 may have another sign than torch's.
+    Returns:
+        In float32 and float64 the same numbers as ``torch.relu(input * scale + shift + residual)``. 16-bit types are
+        computed in float32 and rounded once, so that a sum next to 0 may have another sign than torch's.
 
     Gradient: with ``masked`` being ``grad`` where ``not (input * scale + shift + residual <= 0)``, else 0: of the
     input, ``masked * scale``; of the residual, ``masked``; of scale and shift, the sums of ``masked * input`` and of
     ``masked``, made as in :func:`bias_relu`. One bit an element is kept, and the input only if scale needs a gradient.
     """
     result = input * _along(scale, input.dim(), dim) + _along(shift, input.dim(), dim)
+    return torch.relu(result if residual is None else result + residual)
+
+
+@_kernel(_C.fma_relu)
+def fma_relu(input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, dim: int = 1) -> Tensor:
+    """:func:`scale_shift_relu` with ``input * scale + shift`` rounded once: ``relu(addcmul(shift, input, scale))``.
+
+    That is how ATen computes batch normalisation with fixed statistics, and ``addcmul``, on a CPU with fused
+    multiply-adds; on one without, the product is rounded. Arguments and gradients as of :func:`scale_shift_relu`.
+    """
+    result = torch.addcmul(_along(shift, input.dim(), dim), input, _along(scale, input.dim(), dim))
     return torch.relu(result if residual is None else result + residual)
 
 

@@ -43,10 +43,11 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> Report:
     What is fused, if nobody else uses what lies between:
 
     - ``x + y``, then ReLU: :func:`add_relu`.
-    - batch normalisation, then perhaps an addition, then ReLU: :func:`scale_shift_relu`. It has to be torch's own, and
-      is fused while in eval mode, or to be frozen: buffers like torchvision's FrozenBatchNorm2d and that formula. The
-      first has torch's outputs bit for bit where the CPU has fused multiply-adds, else and in all gradients numbers as
-      near to the truth. torch's own in 16 bits, or in other types than the input, is not fused.
+    - batch normalisation, then perhaps an addition, then ReLU. A frozen one, with buffers like torchvision's
+      FrozenBatchNorm2d and that formula: :func:`scale_shift_relu`, which in float32 and float64 has torch's numbers bit
+      for bit, gradients too. torch's own: :func:`fma_relu` while it is in eval mode; torch's outputs bit for bit where
+      the CPU has fused multiply-adds, else and in its gradients numbers as near to the truth. torch's own in 16 bits,
+      or in other types than the input, is not fused.
     - ReLU, then dropout: :func:`relu_dropout`, which has the first claim on a ReLU. In training other elements are
       dropped than by ``F.dropout``, as many.
     - linear layer, then ReLU: :func:`linear_relu`.
@@ -277,7 +278,7 @@ def _fuse_before(site: _Site) -> tuple[str, str] | str | None:
     before, input = site.names(producer, relu), producer.args[0]
     if isinstance(eps, float):
         site.fuse(producer, relu, neighbours.norm_then_relu, [producer, relu], input, eps)
-        return before, _scale_shift_relu(child)
+        return before, _norm_relu(child)
     site.fuse(producer, relu, neighbours.linear_then_relu, [producer, relu], input)
     return before, "relu_ext.linear_relu"
 
@@ -305,15 +306,15 @@ def _fuse_sum(site: _Site, add: fx.Node) -> tuple[str, str] | str:
             before = site.names(norm, add, relu)
             arguments = norm.args[0], residual, eps, in_place
             site.fuse(add, relu, neighbours.norm_then_add_then_relu, [norm, relu], *arguments)
-            return before, _scale_shift_relu(child)
+            return before, _norm_relu(child)
     before = site.names(add, relu)
     site.fuse(add, relu, neighbours.add_then_relu, [relu], *add.args, in_place)
     return before, "relu_ext.add_relu"
 
 
-def _scale_shift_relu(norm: nn.Module) -> str:
-    always = neighbours.is_frozen_batch_norm(norm)
-    return "relu_ext.scale_shift_relu" + ("" if always else ", in eval mode")
+def _norm_relu(norm: nn.Module) -> str:
+    is_frozen = neighbours.is_frozen_batch_norm(norm)
+    return "relu_ext.scale_shift_relu" if is_frozen else "relu_ext.fma_relu, in eval mode"
 
 
 # Batch normalisation

@@ -92,7 +92,7 @@ def add_then_relu(relu: Activation | None, input: Tensor, residual: Tensor, in_p
 def norm_then_relu(norm: nn.Module, relu: Activation | None, input: Tensor, eps: float) -> Tensor:
     """``relu(norm(input))`` for a batch normalisation with fixed statistics."""
     if _may_fuse(relu) and _is_fixed(norm, input):
-        return functional.scale_shift_relu(input, *scale_and_shift(norm, eps))
+        return _norm_relu(norm, input, eps)
     return _rectified(relu, norm(input))
 
 
@@ -101,7 +101,7 @@ def norm_then_add_then_relu(
 ) -> Tensor:
     """``relu(norm(input) + residual)``."""
     if _may_fuse(relu) and _is_fixed(norm, input) and _is_alike(input, residual):
-        return functional.scale_shift_relu(input, *scale_and_shift(norm, eps), residual)
+        return _norm_relu(norm, input, eps, residual)
     return add_then_relu(relu, norm(input), residual, in_place)
 
 
@@ -129,14 +129,22 @@ def _is_fixed(norm: nn.Module, input: Tensor) -> bool:
     return input.dim() == 4 and is_plain(norm, (type(norm),)) and is_frozen_batch_norm(norm)
 
 
+def _norm_relu(norm: nn.Module, input: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Rounded where the frozen modules round, which multiply and add, or where ATen's kernel for the CPU does."""
+    kernel = functional.fma_relu if type(norm) in BATCH_NORMS else functional.scale_shift_relu
+    return kernel(input, *scale_and_shift(norm, eps), residual)
+
+
 def scale_and_shift(norm: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
     """``(input - running_mean) * (running_var + eps).rsqrt() * weight + bias`` as two vectors.
 
-    Rounded where ATen's kernel for the CPU rounds. ``eps`` is for a module that has no attribute of this name.
+    ``eps`` is for a module that has no attribute of this name.
     """
     scale = (norm.running_var + norm.__dict__.get("eps", eps)).rsqrt()
     if norm.weight is not None:
         scale = norm.weight * scale
     if norm.bias is None:
         return scale, -norm.running_mean * scale
-    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    if type(norm) in BATCH_NORMS:
+        return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    return scale, norm.bias - norm.running_mean * scale

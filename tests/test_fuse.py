@@ -211,7 +211,7 @@ def linear_then_relu(self, x, y):
     return self.relu(self.linear(x)) + y
 
 
-ADD, NORM, LINEAR = "relu_ext.add_relu", "relu_ext.scale_shift_relu, in eval mode", "relu_ext.linear_relu"
+ADD, NORM, LINEAR = "relu_ext.add_relu", "relu_ext.fma_relu, in eval mode", "relu_ext.linear_relu"
 PATTERNS = [
     (add_then_relu, "add, relu", ADD),
     (torch_add, "add, relu", ADD),
@@ -401,7 +401,7 @@ def test_a_norm_that_is_called_twice_keeps_its_order():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 def test_frozen_batch_norm(dtype, has_eps, eps):
-    """One that rounds once instead of after each step is as near to the truth."""
+    """The same numbers; in 16 bits, rounded once instead of after each step, they are as near to the truth."""
     torch.manual_seed(0)
     norm = FrozenBatchNorm2d(4, eps, has_eps)
     norm.running_var.fill_(1e-3)
@@ -412,6 +412,8 @@ def test_frozen_batch_norm(dtype, has_eps, eps):
     output, expected = ours(*inputs), theirs(*inputs)
     assert "ScaleShift" in output.grad_fn.name() or "scale_shift" in output.grad_fn.name().lower()
     true = truth(*(input.double() for input in inputs))
+    if dtype != torch.bfloat16:
+        assert_results(ours, theirs, *inputs)
     # the products before are torch's in both: their rounding is part of both errors
     unit = torch.finfo(dtype).eps * true.abs().max()
     assert (output - true).abs().max() <= (expected - true).abs().max() + unit
@@ -431,7 +433,7 @@ def test_basic_block(norm, channels):
         for place, before in (("relu", "bn1, relu"), ("relu (2)", "bn2, iadd, relu (2)"))
     }
     for training in (False, True, False):
-        exact = training and norm is nn.BatchNorm2d
+        exact = training or norm is not nn.BatchNorm2d
         assert_results(ours.train(training), theirs.train(training), images(channels), exact=exact)
     assert_results(ours.double(), theirs.double(), images(channels).double(), exact=False)
 

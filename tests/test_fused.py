@@ -32,6 +32,11 @@ def scaled(input, scale, shift, residual=None, dim=1):
     return torch.relu(result if residual is None else result + residual)
 
 
+def multiplied_and_added(input, scale, shift, residual=None, dim=1):
+    result = torch.addcmul(along(shift, input, dim), input, along(scale, input, dim))
+    return torch.relu(result if residual is None else result + residual)
+
+
 @dataclass(frozen=True)
 class Row:
     """A fused operation: which of its inputs after the first are vectors of the channels."""
@@ -40,6 +45,7 @@ class Row:
     theirs: Callable
     vectors: tuple
     node: str
+    rounds_twice: bool = True  # input * scale + shift
 
     def inputs(self, make, shape, dim=1, lay_out=lambda tensor: tensor):
         shapes = [(), *((shape[dim],) if vector else shape for vector in self.vectors)]
@@ -52,7 +58,10 @@ class Row:
 
     @property
     def has_scale(self):
-        return self.node.startswith("Scale")
+        return self.vectors[:2] == (True, True)
+
+    def rounds_as_torch(self, dtype):
+        return not self.has_scale or (self.rounds_twice and dtype.itemsize > 2)
 
     def before_relu(self, inputs, dim=1):
         """In float64: what is rectified, and the sum of what its roundings are relative to."""
@@ -70,7 +79,16 @@ ADD = Row(relu_ext.add_relu, added, (False,), "AddReLUBackward")
 BIAS = Row(relu_ext.bias_relu, biased, (True,), "BiasReLUBackward")
 SCALE = Row(relu_ext.scale_shift_relu, scaled, (True, True), "ScaleShiftReLUBackward")
 SCALE_ADD = Row(relu_ext.scale_shift_relu, scaled, (True, True, False), "ScaleShiftReLUBackward")
-ROWS = {"add_relu": ADD, "bias_relu": BIAS, "scale_shift_relu": SCALE, "scale_shift_relu, residual": SCALE_ADD}
+FMA = Row(relu_ext.fma_relu, scaled, (True, True), "FMAReLUBackward", rounds_twice=False)
+FMA_ADD = Row(relu_ext.fma_relu, scaled, (True, True, False), "FMAReLUBackward", rounds_twice=False)
+ROWS = {
+    "add_relu": ADD,
+    "bias_relu": BIAS,
+    "scale_shift_relu": SCALE,
+    "scale_shift_relu, residual": SCALE_ADD,
+    "fma_relu": FMA,
+    "fma_relu, residual": FMA_ADD,
+}
 over_rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 over_vectors = pytest.mark.parametrize("row", [BIAS, SCALE], ids=["bias_relu", "scale_shift_relu"])
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,10 +174,10 @@ def assert_gradients(row, gradients, output, inputs, grad, dim):
 
 def assert_right(row, inputs, grad, dim=1):
     output, *gradients = results(row.ours, inputs, grad, **row.arguments(dim))
-    if row.has_scale:
-        assert_output(row, output, inputs, dim)
-    else:
+    if row.rounds_as_torch(grad.dtype):
         assert_same(output, row.theirs(*inputs, **row.arguments(dim)))
+    else:
+        assert_output(row, output, inputs, dim)
     assert_gradients(row, gradients, output, inputs, grad, dim)
     strides = [x.stride() for x in (output, *gradients)]
     assert strides == [x.stride() for x in (inputs[0], *inputs)]
@@ -238,11 +256,28 @@ def test_special_values(device, row, dtype, isa):
     output, *gradients = results(row.ours, inputs, grad)
     expected = row.theirs(*(x.float() if dtype.itemsize == 2 else x for x in inputs)).to(dtype)
     assert torch.equal(output.isnan(), expected.isnan()) and torch.equal(output.isinf(), expected.isinf())
+    if row.rounds_as_torch(dtype):
+        assert_same(output, expected)
     assert_near(row, output, inputs)
     masked = torch.where(output <= 0, torch.zeros_like(grad), grad)
     assert_same(gradients[0], masked * along(inputs[1], grad, 1))
     for residual in gradients[3:]:
         assert_same(residual, masked)
+
+
+@over_dtypes
+@pytest.mark.parametrize("row", [FMA, FMA_ADD], ids=["alone", "residual"])
+def test_multiply_add_rounds_as_addcmul(row, dtype, isas):
+    """Where both have the instruction; in 16 bits ours rounds the residual's sum alone."""
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this build of torch has no multiply-adds here")
+    if row is FMA_ADD and dtype.itemsize == 2:
+        pytest.skip("addcmul rounds before the residual is added")
+    for isa in isas:
+        for shape in ((4, 6, 5, 7), (50, 33), (3, 200, 1, 1), (2, 3, 60, 40)):
+            inputs = row.inputs(maker(moderate, dtype=dtype), shape)
+            output, expected = row.ours(*inputs), multiplied_and_added(*inputs)
+            assert isa == "portable" or torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -54,7 +54,7 @@ def both(request) -> tuple[nn.Module, nn.Module]:
     assert len(relu_ext.convert(model)) == 5
     if request.param == "fused":
         fused = [after for _, after in relu_ext.fuse(model, images()).values()]
-        assert fused == ["relu_ext.scale_shift_relu, in eval mode", "relu_ext.add_relu"]
+        assert fused == ["relu_ext.fma_relu, in eval mode", "relu_ext.add_relu"]
     return model, stock()
 
 

@@ -1,4 +1,5 @@
 // Activations fused with what surrounds them.
+#pragma GCC optimize("fp-contract=off")  // a product that is not meant to be part of a multiply-add is rounded
 #include <algorithm>
 #include <array>
 
@@ -11,21 +12,21 @@ namespace relu_ext::cpu {
 namespace {
 
 // input * scale + shift + residual of element j, `in` being the arrays of values, of input and of residual.
-template <class Parts, class Values, class In>
+template <Isa isa, class Parts, class Values, class In>
 RELU_EXT_INLINE auto sum_of(const Values& values, const In& in, int64_t j) {
   constexpr size_t own = Values::of_each;
   std::decay_t<decltype(in[0][0])> scale{}, shift{}, residual{};
   if constexpr (Parts::scale) scale = value<0>(values, in, j);
   if constexpr (Parts::shift) shift = value<Parts::scale>(values, in, j);
   if constexpr (Parts::residual) residual = in[own + 1][j];
-  return before_activation<Parts>(in[own][j], scale, shift, residual);
+  return before_activation<Parts, has_multiply_add<isa>>(in[own][j], scale, shift, residual);
 }
 
 // Of 16-bit floats the sums are made first, in `output`, and the activation is one of 16-bit floats like any other.
 template <Isa isa, class Parts, class T, class Activation, class Values, size_t inputs, class Bits>
 RELU_EXT_INLINE void fused_loops(Activation act, const Values& values, const std::array<const T*, inputs>& input,
                                  T* output, Bits bits, int64_t count) {
-  const auto sum = [=](const auto& in, int64_t j) RELU_EXT_INLINE_LAMBDA { return sum_of<Parts>(values, in, j); };
+  const auto sum = [=](const auto& in, int64_t j) RELU_EXT_INLINE_LAMBDA { return sum_of<isa, Parts>(values, in, j); };
   if constexpr (!is_16_bit<T>) {
     selecting_loop<isa>(act, [=](int64_t j) RELU_EXT_INLINE_LAMBDA { return sum(input, j); }, output, bits, count);
   } else if constexpr (Parts::scale || Parts::shift || Parts::residual) {
@@ -173,7 +174,7 @@ void with_fused(const Work& work, Body body) {
 
 void fused(const Fused& work, int64_t begin, int64_t end) {
   with_fused(work, [&](auto element, auto act) {
-    with_parts(work, [&](auto parts) {
+    with_parts<decltype(element)>(work, [&](auto parts) {
       with_bits<decltype(act)>(work.bits, [&](auto bits) {
         forward_parts<decltype(element), decltype(parts)>(act, work, bits, begin, end);
       });

@@ -19,6 +19,14 @@ constexpr Isa compiled_isas[] = {Isa::portable};
 #endif
 Isa best_isa();
 
+#ifdef __FP_FAST_FMAF
+constexpr bool fma_everywhere = true;
+#else
+constexpr bool fma_everywhere = false;
+#endif
+template <Isa isa>
+constexpr bool has_multiply_add = fma_everywhere || isa != Isa::portable;
+
 // The one in use: best_isa() until set_isa names another. std::invalid_argument for one that is unknown or that this
 // CPU lacks.
 Isa chosen_isa();

@@ -12,9 +12,6 @@
 
 namespace relu_ext::cpu {
 
-template <class T>
-constexpr bool is_16_bit = sizeof(T) == 2;
-
 // A block of elements as floats and back, in an order of its own: what is done between must not look at an element's
 // place. It is narrowed as a whole: what is read next is a vector of 16-bit floats, and two stores of half a vector
 // each would keep it waiting.

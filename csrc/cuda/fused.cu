@@ -155,8 +155,8 @@ bool wants_sums(const FusedBackward& work) { return work.grad_scale || work.grad
 cudaError_t fused(const Fused& work, int64_t numel, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
   return with_fused(work, [&](auto element, auto act) {
-    return with_parts(
-        work, [&](auto parts) { return forward_with<decltype(element), decltype(parts)>(work, act, numel, stream); });
+    using T = decltype(element);
+    return with_parts<T>(work, [&](auto parts) { return forward_with<T, decltype(parts)>(work, act, numel, stream); });
   });
 }
 

@@ -95,8 +95,8 @@ __device__ __forceinline__ void fused_part(const Part<T, Tile, full>& part, cons
 #pragma unroll
     for (int j = 0; j < Vector<T>::lanes; ++j) {
       T& value = values[k].lane[j];
-      value = narrow<T>(before_activation<Parts>(widen(value), widen(scales[k].lane[j]), widen(shifts[k].lane[j]),
-                                                 widen(residuals[k].lane[j])));
+      value = narrow<T>(before_activation<Parts, true>(widen(value), widen(scales[k].lane[j]), widen(shifts[k].lane[j]),
+                                                       widen(residuals[k].lane[j])));
       bool keep = act.keep(value);
       value = act.forward(value, keep);
       if constexpr (Parts::dropout) {

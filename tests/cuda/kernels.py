@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_double, c_int64, c_uint, c_uint8, c_uint16, c_uint64, c_void_p
+from ctypes import c_bool, c_double, c_int64, c_uint, c_uint8, c_uint16, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -387,7 +387,7 @@ class Fused(ctypes.Structure):
         *[("activation", c_uint8), ("scalars", c_double * 3), ("dtype", c_uint8)],
         *[("channels", c_int64), ("inner", c_int64)],
         *[("input", c_void_p), ("scale", c_void_p), ("shift", c_void_p), ("residual", c_void_p)],
-        *[("dropout", Dropout), ("output", c_void_p), ("bits", c_void_p)],
+        *[("multiply_add", c_bool), ("dropout", Dropout), ("output", c_void_p), ("bits", c_void_p)],
     ]
 
 

@@ -64,7 +64,7 @@ NONFINITE = re.compile(rf"cuda::nonfinite_kernel<{TILE}, (?P<aligned>\w+)>")
 # What adds up what the others left, and what reads bits: next to nothing.
 SMALL = re.compile(r"cuda::(join_kernel<|count_\w+_kernel\()")
 KEPT = ["bits", "input", "output"]
-PARTS = ["scale", "shift", "residual", "dropout"]
+PARTS = ["scale", "shift", "residual", "dropout", "multiply-add"]
 SPREAD = ["one", "consecutive", "any"]
 YES = "1"  # of enum class Choice
 INSTRUCTION = re.compile(

@@ -1,6 +1,7 @@
 """The real CUDA kernels, run on the CPU by the emulator, against NumPy: every bit of what they write."""
 
 import bisect
+import itertools
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -707,26 +708,26 @@ def address(memory):
     return memory and memory.address
 
 
-def fused_work(dtype, shape, *, input, output, scale=None, shift=None, residual=None, dropout=None, bits=None):
-    operands = map(address, (input, scale, shift, residual))
+def fused_work(
+    dtype, shape, *, input, output, scale=None, shift=None, residual=None, multiply_add=False, dropout=None, bits=None
+):
+    operands = *map(address, (input, scale, shift, residual)), multiply_add
     targets = map(address, (output, bits))
     return Fused(RELU.code, RELU.scalars, dtype.code, *shape[1:], *operands, dropout or Dropout(), *targets)
 
 
-def sum_of_parts(dtype, shape, elements):
-    """The two ends of what relu may be given, in `arithmetic`: one number where only one rounding is made.
-
-    input * scale + shift may be rounded once or twice.
-    """
+def sum_of_parts(dtype, shape, elements, multiply_add):
+    """The two ends of what relu may be given, in `arithmetic`: one number but for a multiply-add."""
     X, channel = dtype.arithmetic, channel_of(shape, np.arange(len(elements["input"])))
     values = {name: widened(dtype, given) for name, given in elements.items()}
     ends = [values["input"]] * 2
     with np.errstate(all="ignore"):
         shift = values["shift"][channel] if "shift" in values else X(0)
         if "scale" in values:
-            product = values["input"].astype(np.longdouble) * values["scale"][channel]
+            product = values["input"].astype(np.longdouble if multiply_add else X) * values["scale"][channel]
             off = abs(product) * np.finfo(X).eps / 2 * 1.01 + np.finfo(X).smallest_subnormal
-            ends = [(product + sign * np.where(np.isfinite(off), off, 0) + shift).astype(X) for sign in (-1, 1)]
+            off = np.where(np.isfinite(off) & multiply_add, off, 0)
+            ends = [(product + sign * off + shift).astype(X) for sign in (-1, 1)]
         elif "shift" in values:
             ends = [end + shift for end in ends]
         if "residual" in values:
@@ -737,12 +738,15 @@ def sum_of_parts(dtype, shape, elements):
 def check_fused(dtype, shape, elements, at=None, in_place=None):
     """With bits and without. at: how many bytes past a multiple of 16 the memory of a name is."""
     at, numel = at or {}, len(elements["input"])
-    low, high = sum_of_parts(dtype, shape, elements)
-    for bits in (None, unwritten_bits(numel, at.get("bits", 0))):
+    both = (False, True) if "scale" in elements else (False,)
+    for multiply_add, has_bits in itertools.product(both, (False, True)):
+        low, high = sum_of_parts(dtype, shape, elements, multiply_add)
+        bits = unwritten_bits(numel, at.get("bits", 0)) if has_bits else None
         memories = {name: Memory(given, at.get(name, 0)) for name, given in elements.items()}
         output = memories[in_place] if in_place else unwritten(numel, dtype, at.get("output", 0))
-        launch_once(launcher("fused"), fused_work(dtype, shape, **memories, output=output, bits=bits), numel)
-        if "scale" in elements:
+        work = fused_work(dtype, shape, **memories, multiply_add=multiply_add, output=output, bits=bits)
+        launch_once(launcher("fused"), work, numel)
+        if multiply_add:
             wrong = Range(rectified(low), rectified(high)).wrong(dtype, output.elements)
             assert not wrong.any(), (dtype.values(output.elements)[wrong], low[wrong], high[wrong])
         else:
@@ -1108,7 +1112,7 @@ def test_fused_more_than_2_to_the_32_elements(dtype, what):
         elements, got = input.elements[span], output.elements[span]
         if what == "scale":  # a span begins with the first channel
             of_vectors = {name: memory.elements for name, memory in vectors.items()}
-            ends = sum_of_parts(dtype, shape, {"input": elements, **of_vectors})
+            ends = sum_of_parts(dtype, shape, {"input": elements, **of_vectors}, multiply_add=False)
             assert not Range(*map(rectified, ends)).wrong(dtype, got).any()
         else:
             drawn = random_numbers(SEED, OFFSET, span.start, len(elements))

@@ -36,12 +36,12 @@ constexpr Elementwise elementwise[] = {
 };
 struct Parts {
   const char* name;
-  bool scale, shift, residual, dropout;
+  bool scale, shift, residual, dropout, multiply_add;
 };
 constexpr Parts fused[] = {
-    {"add_relu", false, false, true, false},        {"bias_relu", false, true, false, false},
-    {"scale_shift_relu", true, true, false, false}, {"scale_shift_add_relu", true, true, true, false},
-    {"relu_dropout", false, false, false, true},
+    {"add_relu", false, false, true, false, false},        {"bias_relu", false, true, false, false, false},
+    {"scale_shift_relu", true, true, false, false, false}, {"scale_shift_add_relu", true, true, true, false, false},
+    {"fma_relu", true, true, false, false, true},          {"relu_dropout", false, false, false, true, false},
 };
 
 inline void run(const Elementwise& own, Step step, Dtype dtype, int64_t numel, const Arrays& a) {
@@ -64,6 +64,7 @@ inline void run(const Parts& own, Step step, Dtype dtype, int64_t numel, Channel
                        scale,
                        own.shift ? a.shift : nullptr,
                        own.residual ? a.other : nullptr,
+                       own.multiply_add,
                        {{42, 7, nullptr, nullptr}, 58981, factor},
                        a.output,
                        step == Step::forward ? nullptr : a.bits},
