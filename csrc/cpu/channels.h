@@ -80,13 +80,15 @@ RELU_EXT_INLINE std::array<A, n + m> joined(const std::array<A, n>& first, const
 }
 
 // `value`, `length` times, and up to a vector more.
-constexpr int repeat_bytes = 16;
-template <class T>
-void repeat(T value, int64_t length, T* to) {
+constexpr int longest_vector = 64;  // bytes
+template <Isa isa, class T>
+RELU_EXT_INLINE void repeat(T value, int64_t length, T* to) {
   using W = Word<T>;
-  typedef W Vector __attribute__((vector_size(repeat_bytes), aligned(sizeof(W)), may_alias));
+  constexpr int bytes = Masks<isa>::vector;
+  static_assert(bytes <= longest_vector);
+  typedef W Vector __attribute__((vector_size(bytes), aligned(sizeof(W)), may_alias));
   const Vector all = bit_cast<W>(value) - Vector{};
-  for (int64_t k = 0; k < length; k += repeat_bytes / sizeof(W)) *reinterpret_cast<Vector*>(to + k) = all;
+  for (int64_t k = 0; k < length; k += bytes / sizeof(W)) *reinterpret_cast<Vector*>(to + k) = all;
 }
 
 template <class T, size_t number>
@@ -95,18 +97,7 @@ class PerChannel {
   const std::array<const T*, number> vectors;
   int64_t begin, end;
   std::array<std::vector<T>, number> repeated;
-  alignas(64) T several[number + 1][chunk + repeat_bytes / sizeof(T)];  // + 1: there may be none
-
-  // to[j] = that of element i + j.
-  void spread(const T* vector, int64_t i, int64_t count, T* to) const {
-    for_runs(channels, i, i + count, [&](const Run& run, int64_t j, int64_t length) {
-      const auto own = vector + run.channel;
-      if (channels.inner == 1)
-        std::copy_n(own, length, to + (j - i));
-      else
-        repeat(*own, length, to + (j - i));
-    });
-  }
+  alignas(64) T several[number + 1][chunk + longest_vector / sizeof(T)];  // + 1: there may be none
 
   OfEach<T, number> from_repeated(int64_t i) const {
     OfEach<T, number> of;
@@ -114,11 +105,14 @@ class PerChannel {
     return of;
   }
   OfEach<T, number> spread_over(int64_t i, int64_t count) {
+    vectorised([&](auto isa) RELU_EXT_INLINE_LAMBDA {
+      for_runs(channels, i, i + count, [&](const Run& run, int64_t j, int64_t length) RELU_EXT_INLINE_LAMBDA {
+        for (size_t k = 0; k < number; ++k)
+          repeat<decltype(isa)::value>(vectors[k][run.channel], length, several[k] + (j - i));
+      });
+    });
     OfEach<T, number> of;
-    for (size_t k = 0; k < number; ++k) {
-      spread(vectors[k], i, count, several[k]);
-      of.arrays[k] = several[k];
-    }
+    for (size_t k = 0; k < number; ++k) of.arrays[k] = several[k];
     return of;
   }
   OfAll<T, number> of_channel(int64_t channel) const {
@@ -136,7 +130,9 @@ class PerChannel {
     const int64_t count = std::min(channels.channels + chunk, end - begin);
     for (size_t k = 0; k < number; ++k) {
       repeated[k].resize(size_t(count));
-      spread(vectors[k], begin, count, repeated[k].data());
+      for_runs(channels, begin, begin + count, [&](const Run& run, int64_t i, int64_t length) {
+        std::copy_n(vectors[k] + run.channel, length, repeated[k].data() + (i - begin));
+      });
     }
   }
 
