@@ -65,6 +65,7 @@ $(BUILT): $(SOURCES) $(READY)
 	touch $@
 
 ONE_ORDER := -k 'not backward and not shuffled'
+SAMPLED := -p sample --one-in 4
 MUTANTS := --fit
 check: check-style check-cuda
 
@@ -73,16 +74,17 @@ check-style: .venv-check/ready
 	$(CHECK)/ruff format --check .
 	$(CHECK)/clang-format --dry-run -Werror $(STYLED)
 
-# The kernels in emulation, alone and under sanitizers (with threads in one order: all touch the same memory); their
-# machine code; and the tests of the whole extension on a pretended device. What needs nvcc says so where there is none.
-# Bugs planted to try those tests take longer than all of that and are for check-all: here they must only fit the source.
+# The kernels in emulation, alone and, one test in four, under sanitizers (with threads in one order: all touch the same
+# memory); their machine code; and one in four of the tests of the whole extension, on a pretended device. What needs nvcc
+# says so where there is none. All of these tests, and bugs planted to try them, are for check-all: here the bugs must
+# only fit the source.
 check-cuda: .venv-check/ready $(BUILT)
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
 	$(CHECK)/python tests/cuda/kernels.py plain -n 2
-	$(CHECK)/python tests/cuda/kernels.py sanitized -n 2 $(ONE_ORDER)
+	PYTHONPATH=tests $(CHECK)/python tests/cuda/kernels.py sanitized -n 2 $(ONE_ORDER) $(SAMPLED)
 	$(CHECK)/python tests/cuda/machine_code.py $(ARCHS)
 	$(CHECK)/python tests/cuda/mutants.py $(MUTANTS)
-	$(PY) tests/cuda/pretend/run.py $(WORKERS)
+	PYTHONPATH=tests $(PY) tests/cuda/pretend/run.py $(WORKERS) $(SAMPLED)
 
 # What g++ makes of the kernels without their instruction sets, for this processor and another: three minutes.
 check-portable: .venv-check/ready
@@ -90,6 +92,7 @@ check-portable: .venv-check/ready
 
 check-all: ARCHS := all
 check-all: ONE_ORDER :=
+check-all: SAMPLED :=
 check-all: MUTANTS :=
 check-all: check check-portable
 
