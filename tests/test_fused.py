@@ -296,7 +296,7 @@ def test_no_gradient_where_the_sum_rounds_to_zero(device, dtype, isa):
 
 
 @over_rows
-@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 3, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 3, 0), (2, 0, 3), (2, 0)], ids=str)
 def test_empty(device, row, shape):
     inputs = row.inputs(maker(moderate, device=device), shape)
     ours, theirs = (results(f, inputs, torch.ones(shape, device=device)) for f in (row.ours, row.theirs))

@@ -157,6 +157,8 @@ SHAPES = {
     "one channel": (3, 1, 5),
     "empty": (0, 3, 2),
     "no places": (2, 3, 0),
+    "no channels": (2, 0),
+    "neither": (2, 0, 0),
 }
 LAYOUTS = {
     "contiguous": lambda input: input,

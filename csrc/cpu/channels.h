@@ -126,7 +126,7 @@ class PerChannel {
   // to read a chunk of them from any.
   PerChannel(const Channels& channels, std::array<const T*, number> vectors, int64_t begin, int64_t end)
       : channels(channels), vectors(vectors), begin(begin), end(end) {
-    if (channels.inner != 1) return;
+    if (channels.inner != 1 || begin == end) return;  // of no elements there may be no channel
     const int64_t count = std::min(channels.channels + chunk, end - begin);
     for (size_t k = 0; k < number; ++k) {
       repeated[k].resize(size_t(count));
