@@ -195,7 +195,7 @@ def celu_row(alpha):
         definition_=bound_(torch.celu_, alpha),
         module=functools.partial(relu_ext.CELU, alpha),
         torch_module=functools.partial(torch.nn.CELU, alpha),
-        derivative=exponential(alpha, 1, 1 / alpha),
+        derivative=exponential(alpha, 1, 1 / alpha if alpha else math.inf),
         scalars=(alpha,),
         special=NOT_HUGE,
         ulps=8,
