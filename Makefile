@@ -1,6 +1,7 @@
 # make bench        builds all it needs and runs the benchmark        make test    the same for the tests
 # make check        style, and the CUDA kernels proved without a GPU   make format  applies the style
 # make check-all    the same for every GPU that nvcc knows, planted bugs, the portable CPU kernels on x86-64 and aarch64
+# make fuzz         tests/test_properties.py with other examples each time, for MINUTES (10)
 # make clean        removes what was built
 # make gpu          on a machine with a GPU: build, tests, compute-sanitizer, benchmark; ARGS names parts
 # make cuda-build   builds and imports the CUDA extension where there is no GPU, against a CUDA torch
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-PACKAGES := torch numpy ninja pybind11 setuptools pytest rich matplotlib scikit-learn
+PACKAGES := torch numpy ninja pybind11 setuptools pytest hypothesis rich matplotlib scikit-learn
 HAS_ALL := import sys, importlib.metadata as m; v = [m.version(p) for p in sys.argv[1:]]; \
   sys.exit(not (2, 11) <= tuple(map(int, v[0].split(".")[:2])) < (2, 14))
 
@@ -43,9 +44,14 @@ CUDA_TORCH := torch==2.11.0
 # Tests run in as many processes, where there is what that takes.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
-.PHONY: test bench build check check-style check-cuda check-portable check-all cuda-build gpu format clean
+.PHONY: test fuzz bench build check check-style check-cuda check-portable check-all cuda-build gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
+
+# As long as MINUTES says, about 100 examples a second on one core; a failure ends it. ARGS: --seed, --only PROPERTY ...
+MINUTES := 10
+fuzz: $(BUILT)
+	$(PY) tests/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) benchmarks/run.py $(ARGS)
