@@ -497,6 +497,11 @@ def in_place_on_a_part(function_):
     return change
 
 
+def then_changed(function):
+    """Bits do not hang on the output, which torch's definition would keep."""
+    return lambda input, other: function(input).add_(other)
+
+
 def of_halves(function):
     return lambda gate, up: function(*halves_of(gate, up))
 
@@ -512,6 +517,8 @@ def all_steps():
         if row.in_place:
             yield Step(f"{row} in place", in_place(row.function_), in_place(row.definition_))
             yield Step(f"{row} of a part", *map(in_place_on_a_part, (row.function_, row.definition_)))
+        if row.keep:
+            yield Step(f"{row}, then changed", then_changed(row.function), lambda x, y, f=row.definition: f(x) + y, 2)
     for name, row in FUSED.items():
         yield Step(name, row.ours, row.theirs, 1 + row.vectors.count(False), row.vectors.count(True))
     yield Step("prelu", relu_ext.prelu, F.prelu, vectors=1)
