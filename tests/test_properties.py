@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
@@ -38,6 +39,7 @@ from strategies import (
     rows,
     seeds,
     small_integers,
+    strides_of,
     views,
 )
 from test_fused import ROWS as FUSED
@@ -87,12 +89,16 @@ def states(tensors):
     return [(bytes_of(x), x._version) for x in tensors]
 
 
+def assert_untouched(tensors, before):
+    for (memory, version), (memory_before, version_before) in zip(states(tensors), before, strict=True):
+        assert version == version_before and torch.equal(memory, memory_before)
+
+
 def results(ours, theirs, inputs, needs, grad):
     """Those of both; None where both raise the same error. Nothing but outputs is written."""
     before = states([*inputs, grad])
     found, expected = (outcome(call, function, inputs, needs, grad) for function in (ours, theirs))
-    for (memory, version), (memory_before, version_before) in zip(states([*inputs, grad]), before, strict=True):
-        assert version == version_before and torch.equal(memory, memory_before)
+    assert_untouched([*inputs, grad], before)
     if isinstance(found, Raised) or isinstance(expected, Raised):
         assert found == expected
         return None
@@ -268,6 +274,63 @@ def assert_in_place(row, view, grad, found, expected):
         _, from_output = exponential_gradients(row, input, view.of(grad))
         view.of(expected.gradient).copy_(from_output(view.of(found.memory)))
     assert_same(found.gradient[~excepted], expected.gradient[~excepted])
+
+
+# The registered operators
+
+
+@st.composite
+def operator_calls(draw):
+    row = draw(rows.filter(lambda row: row.keep and all(isinstance(scalar, float) for scalar in row.scalars)))
+    view = draw(views(draw(any_shape), draw(dtypes), exact=draw(st.booleans())))
+    grad = draw(views(view.shape, view.dtype, view.exact))
+    dims = len(view.shape)
+    stride = strides_of(view.shape, "dense") | st.tuples(*[st.integers(-1, 9)] * dims) | st.just((1,) * (dims + 1))
+    return row, view, grad, draw(stride)
+
+
+# What may be given in the place of bits.
+CROOKED = {
+    "those bits": lambda bits: bits,
+    "too few": lambda bits: bits[1:],
+    "too many": lambda bits: torch.cat([bits, bits.new_zeros(1)]),
+    "another dtype": lambda bits: bits.view(torch.int8),
+    "two dimensions": lambda bits: bits[None],
+    "every other": lambda bits: torch.stack([bits, bits], 1)[:, 0],
+}
+
+
+def unpacked(bits, shape, stride):
+    """By the format's definition."""
+    kept = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little")).bool()
+    assert not kept[math.prod(shape) :].any()
+    return kept.as_strided(shape, stride)
+
+
+@given(operator_calls(), st.sampled_from(list(CROOKED)), circumstances)
+def test_operators(operands, crooked, where):
+    row, view, grad, stride = operands
+    input, grad = view.build(row.scalars), grad.build()
+    before = states([input, grad])
+    with where():
+        found, expected = outcome(row.forward, input), outcome(row.definition, input)
+        if isinstance(found, Raised):
+            assert view.dtype not in DTYPES or row not in OPERATIONS
+            return
+        output, bits = found
+        if not isinstance(expected, Raised):
+            assert_same(output, expected)
+        kept = unpacked(bits, output.shape, output.stride())
+        assert torch.equal(kept, row.keep(input))
+        assert_same(row.backward(grad, bits, output.stride()), row.masked(grad, kept))
+        others = CROOKED[crooked](bits)
+        gradient = outcome(row.backward, grad, others, stride)
+    assert_untouched([input, grad], before)
+    if isinstance(gradient, Raised):
+        assert gradient.error is RuntimeError and "relu_ext" in gradient.message
+    else:
+        assert strides_that_matter(gradient) == strides_that_matter(torch.empty_strided(grad.shape, stride))
+        assert_same(gradient, row.masked(grad, unpacked(others, grad.shape, gradient.stride())))
 
 
 # With vectors of the channels, a residual, or both
