@@ -25,7 +25,7 @@ from relu_ext import _C
 
 # The same examples each time; or others.
 SHORT = settings(
-    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 LONG = settings(SHORT, max_examples=500, derandomize=False, print_blob=True)
 settings.register_profile("tests", SHORT)

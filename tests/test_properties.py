@@ -561,8 +561,8 @@ def in_place_on_a_part(function_):
 
 
 def then_changed(function):
-    """Bits do not hang on the output, which torch's definition would keep."""
-    return lambda input, other: function(input).add_(other)
+    """Bits do not hang on the output; torch's function, which takes what is not dense, would keep it."""
+    return lambda input, other: function(input * 1).add_(other)
 
 
 def of_halves(function):
