@@ -348,13 +348,15 @@ def fused_calls(draw):
     return row, [first, *rest], draw(st.tuples(*[needs] * (1 + len(rest)))), dim, draw(gradients(first))
 
 
-def fused_reference(row, dtype, isa):
-    """What the kernels compute, in torch's arithmetic: 16-bit types in float32, where products are exact."""
-    if row.has_scale and dtype.itemsize == 2:
-        return lambda *inputs, **arguments: scaled(*(x.float() for x in inputs), **arguments).to(dtype)
-    if row.rounds_twice or isa == "portable":
-        return row.theirs
-    return multiplied_and_added
+def assert_fused_output(row, ours, inputs, arguments):
+    """16-bit types are computed in float32, where products are exact; whether others are rounded hangs on the CPU."""
+    if row.has_scale and ours.dtype.itemsize == 2:
+        return assert_same(ours, scaled(*(x.float() for x in inputs), **arguments).to(ours.dtype))
+    theirs = row.theirs(*inputs, **arguments)
+    if not row.rounds_twice:
+        fused = multiplied_and_added(*inputs, **arguments)
+        theirs = torch.where(same(ours, fused), fused, theirs)
+    assert_same(ours, theirs)
 
 
 @given(fused_calls(), circumstances)
@@ -374,7 +376,7 @@ def test_fused(operands, where):
         if not by_kernel or where.watched:
             assert_same(found.output, expected.output)
         else:
-            assert_same(found.output, fused_reference(row, inputs[0].dtype, where.isa)(*inputs, **arguments))
+            assert_fused_output(row, found.output, inputs, arguments)
     if exact or not by_kernel:
         return assert_same_gradients(found, expected)
     assert_fused_gradients(row, found, inputs, grad.to(inputs[0].dtype), dim, with_sums=not where.watched)
