@@ -13,6 +13,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # relu_ext need not be installed
 
 import hypothesis
 import strategies  # registers the profiles
