@@ -11,6 +11,7 @@ the children. If one differs, the module's own forward runs.
 import functools
 import importlib
 import inspect
+import keyword
 import linecache
 import operator
 import random
@@ -138,6 +139,7 @@ def rewrite(module: nn.Module, traces: list[Trace]) -> type[nn.Module]:
     for number, one in enumerate(traces):
         for node in one.graph.nodes:
             node.type = None  # annotations: names that the text would need
+            _check_names(node)
         code = one.graph.python_code("self")
         functions.append(code.src.strip().replace("def forward(", f"def path_{number}(", 1))
         for name, value in code.globals.items():
@@ -155,6 +157,20 @@ def rewrite(module: nn.Module, traces: list[Trace]) -> type[nn.Module]:
         "    return unchanged(self, *args, **kwargs)",
     ]
     return rewritten_class(type(module), "\n\n".join([imports.text(), *functions, "\n".join(forward)]) + "\n")
+
+
+def _check_names(node: fx.Node) -> None:
+    """Refuses names that would run as code: keys of a ModuleDict may come from a file, and torch.fx escapes none."""
+    for name in node.kwargs:
+        _check_name(name)
+    for name in node.target.split(".") if node.op in ("call_module", "call_method", "get_attr") else ():
+        if name.isidentifier() or not name.isprintable() or '"' in name or "\\" in name:  # else getattr(self, "0")
+            _check_name(name)
+
+
+def _check_name(name: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise NotTraceable(f"the name {name!r} cannot be written as Python")
 
 
 class _Imports:
@@ -181,6 +197,7 @@ class _Imports:
 
     def condition(self, name: str, value: Any) -> str:
         """Text that is true while attribute ``name`` is ``value``."""
+        _check_name(name)
         if value is None or isinstance(value, bool):
             return f"self.{name} is {value}"
         if type(value) in (int, str) or (type(value) is float and value == value and abs(value) < float("inf")):

@@ -578,6 +578,60 @@ def test_forward_that_is_no_graph(forward, reason):
     assert type(model[0]) is kind and vars(model[0]) == attributes
 
 
+def names_a_child(name):
+    return lambda self, x, y: self.by_name[name](self.relu(x + y))
+
+
+def names_an_attribute(name):
+    return lambda self, x, y: self.relu(x + y) if getattr(self, name) else x
+
+
+def names_a_method(name):
+    return lambda self, x, y: getattr(self.relu(x + y), name)()
+
+
+def names_an_argument(name):
+    return lambda self, x, y: self.relu(x + y).sum(**{name: 0})
+
+
+def block_with_a_name(forward_of, name):
+    by_name = nn.ModuleDict({name: nn.Identity()})
+    return nn.Sequential(block(forward_of(name), relu=nn.ReLU(), by_name=by_name, **{name: True}))
+
+
+@pytest.mark.parametrize(
+    "forward_of, name",
+    [
+        (names_a_child, 'a"), print(1), ("'),
+        (names_a_child, 'a"'),
+        (names_a_child, "a\\"),
+        (names_a_child, "a\n"),
+        (names_a_child, "class"),
+        (names_an_attribute, "relu or print(1)"),
+        (names_an_attribute, "class"),
+        (names_a_method, 'a"), print(1), ("'),
+        (names_a_method, "class"),
+        (names_an_argument, "dim=print(1), a"),
+        (names_an_argument, "class"),
+    ],
+)
+def test_names_are_no_code(forward_of, name):
+    """They may come from a file of labels, and torch.fx writes them into its text as they are."""
+    model = block_with_a_name(forward_of, name)
+    kind = type(model[0])
+    report = relu_ext.fuse(model)
+    assert report == {} and "cannot be written as Python" in report.left_alone["0"]
+    assert type(model[0]) is kind
+
+
+@pytest.mark.parametrize("name", ["0", "a b", "a-b", "a'", "in_", "ä", "a(b)"])
+def test_names_between_quotes(name):
+    ours = block_with_a_name(names_a_child, name)
+    theirs = copy.deepcopy(ours)
+    assert list(relu_ext.fuse(ours)) == ["0.relu"]
+    assert_results(ours[0], theirs[0], images(), images())
+
+
 def test_nothing_to_fuse():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.MaxPool2d(2), nn.LSTM(2, 2))
     report = relu_ext.fuse(model)
