@@ -3,6 +3,7 @@
 # make check-all    the same for every GPU that nvcc knows, planted bugs, the portable CPU kernels on x86-64 and aarch64
 # make fuzz         tests/test_properties.py with other examples each time, for MINUTES (10)
 # make clean        removes what was built
+# make package      a source distribution and its wheel, in dist/     make compat   the tests with the oldest torch
 # make gpu          on a machine with a GPU: build, tests, compute-sanitizer, benchmark; ARGS names parts
 # make cuda-build   builds and imports the CUDA extension where there is no GPU, against a CUDA torch
 #
@@ -38,13 +39,14 @@ STYLED := $(filter csrc/%,$(SOURCES)) $(shell find tests benchmarks -name '*.h' 
 CHECKERS := ruff==0.17.5 clang-format==23.1.5 nvidia-cuda-nvdisasm==13.5.37 \
   $(shell grep -E '^(numpy|pytest|pytest-xdist|rich)==' requirements.txt)
 CHECK := .venv-check/bin
-# PyPI's build of it is for CUDA 13.0.
-CUDA_TORCH := torch==2.11.0
+# The oldest that are supported. PyPI's build of that torch is for CUDA 13.0.
+TORCH := 2.11.0
+SETUPTOOLS := 70.1.0
 
 # Tests run in as many processes, where there is what that takes.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
-.PHONY: test fuzz bench build check check-style check-cuda check-portable check-all cuda-build gpu format clean
+.PHONY: test fuzz bench build check check-style check-cuda check-portable check-all cuda-build package compat gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 
@@ -117,7 +119,31 @@ build/cuda/ready:
 .venv-cuda/ready: requirements.txt
 	@echo "$(PYTHON) has no CUDA build of torch: downloading one, several GB, into .venv-cuda"
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install -q $(CUDA_TORCH) $(shell grep -E '^(numpy|ninja|pybind11)==' requirements.txt) setuptools
+	.venv-cuda/bin/python -m pip install -q torch==$(TORCH) setuptools==$(SETUPTOOLS) \
+	  $(shell grep -E '^(numpy|ninja|pybind11)==' requirements.txt)
+	touch $@
+
+# As for a release: pip compiles the wheel from the source distribution alone, and the tests of packaging get both. A
+# few minutes, as a build takes.
+package: $(BUILT)
+	rm -rf dist
+	$(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	DIST=dist $(PY) -m pytest tests/test_packaging.py
+
+# The tests and `package` for the CPU in an environment of its own.
+# Others: make compat TORCH=2.13.0 SETUPTOOLS=84.2.1 PYTHON=python3.12
+COMPAT := build/compat/$(notdir $(PYTHON))-torch-$(TORCH)
+compat: $(COMPAT)/ready
+	rm -rf $(COMPAT)/clone
+	mkdir $(COMPAT)/clone
+	git ls-files -z | xargs -0 cp --parents -pt $(COMPAT)/clone
+	RELU_EXT_CUDA=0 $(MAKE) -C $(COMPAT)/clone PYTHON=$(abspath $(COMPAT)/venv/bin/python) test package
+
+$(COMPAT)/ready: requirements.txt
+	$(PYTHON) -m venv $(COMPAT)/venv
+	$(COMPAT)/venv/bin/python -m pip install -q torch==$(TORCH) setuptools==$(SETUPTOOLS) \
+	  $(shell grep '==' requirements.txt | grep -vE '^(torch|setuptools)==')
 	touch $@
 
 gpu: $(READY)
