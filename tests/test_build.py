@@ -201,19 +201,6 @@ def test_every_source_is_shipped():
     assert not [source for source in extension.sources if "cuda" in source]
 
 
-def test_what_a_wheel_has_beside_the_extension(tmp_path):
-    """The package with its types, no more. A source distribution has these, and what the extension is made of."""
-    steps = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
-    subprocess.run([sys.executable, "setup.py", "--quiet", *steps], cwd=ROOT, check=True, capture_output=True)
-    package = {f"relu_ext/{path.name}" for path in (ROOT / "relu_ext").glob("*.py")}
-    package |= {"relu_ext/py.typed", "relu_ext/_C.pyi"}
-    assert {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*.*")} == package
-    listed = set((tmp_path / "relu_ext.egg-info" / "SOURCES.txt").read_text().split())
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    assert (package | sources) - listed == {"relu_ext/_build.py"}
-    assert not [path for path in listed if path.startswith("tests/")]
-
-
 # The extension in use
 
 
