@@ -93,8 +93,7 @@ Tensor gradient_definition_from(const Bound& bound, Kept kept, const Tensor& gra
 
 // value: the input or the output, as a tensor with history.
 Tensor gradient_from(const Bound& bound, Kept kept, const Tensor& grad, const Tensor& value) {
-  TORCH_CHECK(value.sym_sizes() == grad.sym_sizes(), "relu_ext: a gradient of shape ", grad.sym_sizes(),
-              " for what was kept of shape ", value.sym_sizes());
+  launch::check_kept(grad, value);
   // From the output of a function that falls no gradient follows; ATen has an error for it.
   const bool is_torchs = bound.operation->activation == Activation::elu && kept == Kept::output && bound.scalars[0] < 0;
   if (!all_plain(grad, value) || is_torchs || grad.scalar_type() != value.scalar_type() ||
@@ -122,13 +121,6 @@ Tensor apply_from(const Bound& bound, const Tensor& input, Road taken, bool hist
   return output;
 }
 
-void check_no_forward_grad(const Bound& bound, const Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(),
-                              "relu_ext: the operators have no forward-mode "
-                              "derivative; call relu_ext.",
-                              bound.operation->name, "(), which has one");
-}
-
 // In place, below autograd; the bits where they are kept.
 Tensor overwrite(const Bound& bound, Kept kept, const Tensor& input, Road taken) {
   if (taken == Road::kernel) {
@@ -154,16 +146,24 @@ bool takes_kernels(const Bound& bound, const Tensor& input, Road taken) {
 
 }  // namespace
 
+void check_no_forward_grad(const Bound& bound, const Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(),
+                              "relu_ext: the operators have no forward-mode "
+                              "derivative; call relu_ext.",
+                              bound.operation->name, "(), which has one");
+}
+
 Tensor gradient_definition(const Bound& bound, const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
-  const Tensor kept = kept_by_bits(bits, grad.sym_sizes(), stride);
+  const Tensor kept = kept_by_bits(grad, bits, stride);
   if (bound.operation->activation == Activation::leaky_relu) return at::where(kept, grad, grad.mul(bound.scalars[0]));
   return at::where(kept, grad, 0);
 }
 
-Tensor kept_by_bits(const Tensor& bits, c10::SymIntArrayRef sizes, c10::SymIntArrayRef stride) {
+Tensor kept_by_bits(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  launch::check_backward(grad, bits, stride);
   const Tensor position = at::arange(8, bits.options());
   const Tensor keep = bits.unsqueeze(1).__rshift__(position).__and__(1).to(at::kBool).flatten();
-  return keep.as_strided_symint(sizes, stride);
+  return keep.as_strided_symint(grad.sym_sizes(), stride);
 }
 
 std::optional<Tensor> apply(const Bound& bound, const Tensor& input) {

@@ -39,13 +39,18 @@ std::optional<at::Tensor> apply_linear(const Bound&, const at::Tensor& input, co
 at::Tensor gradient_definition(const Bound&, const at::Tensor& grad, const at::Tensor& bits,
                                c10::SymIntArrayRef stride);
 
-// The bits as a bool tensor of these sizes and strides.
-at::Tensor kept_by_bits(const at::Tensor& bits, c10::SymIntArrayRef sizes, c10::SymIntArrayRef stride);
+// The bits as a bool tensor of grad's sizes and these strides. Throws for bits that do not fit grad.
+at::Tensor kept_by_bits(const at::Tensor& grad, const at::Tensor& bits, c10::SymIntArrayRef stride);
+
+// The registered operators have no forward-mode derivative: throws for a dual tensor.
+void check_no_forward_grad(const Bound&, const at::Tensor&);
 
 // The registered operators' kernels for the Autograd key, and, of relu_dropout, for a device.
 std::tuple<at::Tensor, at::Tensor> operator_forward(const Bound&, const at::Tensor& input);
 at::Tensor operator_backward(const Bound&, const at::Tensor& grad, const at::Tensor& bits, c10::SymIntArrayRef stride);
 std::tuple<at::Tensor, at::Tensor> operator_dropout(const at::Tensor& input, double p, std::optional<at::Generator>);
+// Throws for a p that is none.
+void check_probability(double p);
 std::tuple<at::Tensor, at::Tensor> dropout_on_device(const at::Tensor& input, double p, std::optional<at::Generator>);
 
 }  // namespace relu_ext

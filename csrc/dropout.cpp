@@ -46,7 +46,7 @@ Outputs forward(const Tensor& input, double p, const MaybeGenerator& generator, 
   work.activation = Activation::relu;
   work.dtype = *dtype_of(input);
   work.channels = {1, std::max<int64_t>(input.numel(), 1)};
-  work.input = input.const_data_ptr();
+  work.input = launch::data(input);
   work.dropout = dropping(p, stream);
   work.output = output.mutable_data_ptr();
   work.bits = with_bits ? bits.mutable_data_ptr<uint8_t>() : nullptr;
@@ -55,6 +55,7 @@ Outputs forward(const Tensor& input, double p, const MaybeGenerator& generator, 
 }
 
 Tensor backward(const Keeping& keeping, const Tensor& grad, const Tensor& bits) {
+  launch::check_backward(grad, bits, keeping.stride);
   const launch::OnDevice device(grad);
   const Tensor laid_out = launch::in_layout(grad, C10_AS_INTARRAYREF_SLOW(keeping.stride));
   Tensor output = backend_of(grad).empty_strided(grad.sizes(), laid_out.strides(), grad.scalar_type());
@@ -63,8 +64,8 @@ Tensor backward(const Keeping& keeping, const Tensor& grad, const Tensor& bits) 
   work.dtype = *dtype_of(grad);
   work.channels = {1, std::max<int64_t>(grad.numel(), 1)};
   work.kept_as = Kept::bits;
-  work.grad = laid_out.const_data_ptr();
-  work.kept = bits.const_data_ptr();
+  work.grad = launch::data(laid_out);
+  work.kept = launch::data(bits);
   work.factor = keeping.factor;
   work.grad_input = output.mutable_data_ptr();
   backend_of(grad).fused_backward(work, grad.numel());
@@ -106,13 +107,19 @@ std::optional<Tensor> apply_dropout(const Bound& bound, const Tensor& input, dou
   return recorded(bound, &Registered::recorded, {&input}, history, run);
 }
 
+void check_probability(double p) {
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "relu_ext: dropout's probability has to be between 0 and 1, got ", p);
+}
+
 Outputs dropout_on_device(const Tensor& input, double p, MaybeGenerator generator) {
   launch::checked_dtype(input);
-  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "relu_ext: dropout's probability has to be between 0 and 1, got ", p);
+  check_probability(p);
+  launch::check_memory(input);
   return forward(input.is_non_overlapping_and_dense() ? input : input.contiguous(), p, generator, /*with_bits=*/true);
 }
 
 Outputs operator_dropout(const Tensor& input, double p, MaybeGenerator generator) {
+  check_no_forward_grad({relu_dropout, {}}, input);
   Outputs outputs = below_autograd([&] { return call_dropout(input, p, generator); });
   if (records_history(input, effective_keys(input))) remember(outputs, input, p);
   return outputs;

@@ -58,7 +58,6 @@ bool fit(const FusedInputs& inputs) {
                                  launch::same_layout(input.sizes(), input.strides(), residual.strides()));
 }
 
-const void* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 void* written(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
 Outputs forward(const Bound& bound, const FusedInputs& inputs, bool with_bits) {
@@ -71,10 +70,10 @@ Outputs forward(const Bound& bound, const FusedInputs& inputs, bool with_bits) {
   work.scalars = bound.scalars;
   work.dtype = *dtype_of(input);
   work.channels = channels_along(dim, input.sizes(), input.strides(), input.numel());
-  work.input = input.const_data_ptr();
-  work.scale = data(scale);
-  work.shift = data(shift);
-  work.residual = data(residual);
+  work.input = launch::data(input);
+  work.scale = launch::data(scale);
+  work.shift = launch::data(shift);
+  work.residual = launch::data(residual);
   work.multiply_add = bound.operation->beside.multiply_add;
   work.output = output.mutable_data_ptr();
   work.bits = static_cast<uint8_t*>(written(bits));
@@ -104,6 +103,12 @@ struct Kepts {
 Kepts kept_of(const variable_list& saved) {
   static const Tensor none;
   return {saved[0], saved.size() > 1 ? saved[1] : none, saved.size() > 2 ? saved[2] : none};
+}
+
+// Of plain tensors: can a kernel read them?
+bool lie_as_kept(const Keeping& keeping, const Tensor& grad, const Kepts& kept) {
+  if (kept.scale.defined() && !launch::is_kept_vector(grad, kept.scale)) return false;
+  return !kept.input.defined() || launch::lies_as_kept(grad, kept.input, C10_AS_INTARRAYREF_SLOW(keeping.stride));
 }
 
 variable_list definition(const Keeping& keeping, const Tensor& grad, const Kepts& kept, const Needs& needs) {
@@ -136,6 +141,7 @@ variable_list backward(const Keeping& keeping, const Tensor& grad, const Kepts& 
     if (needed(places.residual)) gradients[places.residual] = masked;
     return gradients;
   }
+  launch::check_backward(grad, kept.bits, keeping.stride);
   const Backend& backend = backend_of(grad);
   const Tensor laid_out = launch::in_layout(grad, stride);
   const auto like_grad = [&] { return backend.empty_strided(grad.sizes(), stride, grad.scalar_type()); };
@@ -153,10 +159,10 @@ variable_list backward(const Keeping& keeping, const Tensor& grad, const Kepts& 
   work.dtype = *dtype_of(grad);
   work.channels = channels_along(keeping.dim, grad.sizes(), stride, grad.numel());
   work.kept_as = Kept::bits;
-  work.grad = laid_out.const_data_ptr();
-  work.kept = kept.bits.const_data_ptr();
-  work.input = data(kept.input);
-  work.scale = data(kept.scale);
+  work.grad = launch::data(laid_out);
+  work.kept = launch::data(kept.bits);
+  work.input = launch::data(kept.input);
+  work.scale = launch::data(kept.scale);
   work.grad_input = written(gradients[0]);
   work.grad_residual = places.scale ? at(places.residual) : nullptr;
   work.grad_scale = at(places.scale);
@@ -167,7 +173,9 @@ variable_list backward(const Keeping& keeping, const Tensor& grad, const Kepts& 
 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Kepts kept = kept_of(saved);
-  if (!all_plain(grad, saved)) return definition(keeping, grad, kept, needs);
+  if (kept.scale.defined()) launch::check_kept_vector(grad, keeping.dim, kept.scale);
+  if (kept.input.defined()) launch::check_kept(grad, kept.input);
+  if (!all_plain(grad, saved) || !lie_as_kept(keeping, grad, kept)) return definition(keeping, grad, kept, needs);
   return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &kept.bits}, false,
                   [&] { return backward(keeping, grad, kept, needs); });
 }

@@ -16,9 +16,9 @@ namespace {
 using at::Tensor;
 
 void run_forward(const Bound& bound, const Tensor& input, const Tensor& output, uint8_t* bits) {
-  backend_of(input).forward({bound.operation->activation, bound.scalars, checked_dtype(input), input.const_data_ptr(),
-                             output.mutable_data_ptr(), bits},
-                            input.numel());
+  backend_of(input).forward(
+      {bound.operation->activation, bound.scalars, checked_dtype(input), data(input), output.mutable_data_ptr(), bits},
+      input.numel());
 }
 
 // Do these strides visit each of numel memory places once?
@@ -43,11 +43,12 @@ Tensor run_backward(const Bound& bound, Kept kept_as, const Tensor& grad, const 
   Tensor output = backend_of(grad).empty_strided(grad.sizes(), stride, grad.scalar_type());
   const Tensor* source = &grad;
   if (!same_layout(grad.sizes(), grad.strides(), stride)) {
+    check_memory(grad);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     source = &output.copy_(grad);
   }
-  backend_of(grad).backward({bound.operation->activation, bound.scalars, *dtype_of(grad), kept_as,
-                             source->const_data_ptr(), kept, output.mutable_data_ptr()},
+  backend_of(grad).backward({bound.operation->activation, bound.scalars, *dtype_of(grad), kept_as, data(*source), kept,
+                             output.mutable_data_ptr()},
                             grad.numel());
   return output;
 }
@@ -73,8 +74,23 @@ bool same_layout(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
 
 Tensor in_layout(const Tensor& tensor, at::IntArrayRef stride) {
   if (same_layout(tensor.sizes(), tensor.strides(), stride)) return tensor;
+  check_memory(tensor);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backend_of(tensor).empty_strided(tensor.sizes(), stride, tensor.scalar_type()).copy_(tensor);
+}
+
+void check_memory(const Tensor& tensor) {
+  if (!tensor.defined() || tensor.numel() == 0) return;
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const size_t bytes = tensor.storage().nbytes();
+  TORCH_CHECK(bytes / tensor.itemsize() > size_t(last), "relu_ext: the storage of a tensor of shape ", tensor.sizes(),
+              " has been resized to ", bytes, " bytes, which are less than its elements take");
+}
+
+const void* data(const Tensor& tensor) {
+  check_memory(tensor);
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 Dtype checked_dtype(const Tensor& tensor) {
@@ -83,14 +99,33 @@ Dtype checked_dtype(const Tensor& tensor) {
   return *dtype;
 }
 
-void check_backward(const Tensor& grad, const Tensor& bits, bool bits_fit, c10::SymIntArrayRef stride) {
-  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits_fit && bits.is_contiguous() &&
-                  bits.device() == grad.device(),
+void check_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride) {
+  TORCH_CHECK(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.sym_numel() == (grad.sym_numel() + 7) / 8 &&
+                  bits.is_contiguous() && bits.device() == grad.device(),
               "relu_ext: bits must be one contiguous dimension of uint8 on ", grad.device(),
               ", a byte for 8 elements of a ", "gradient of shape ", grad.sym_sizes(), ", got ", bits.scalar_type(),
               " of shape ", bits.sym_sizes(), " on ", bits.device());
   TORCH_CHECK(stride.size() == size_t(grad.dim()), "relu_ext: ", stride.size(), " strides for a gradient of ",
               grad.dim(), " dimensions");
+}
+
+void check_kept(const Tensor& grad, const Tensor& kept) {
+  TORCH_CHECK(kept.sym_sizes() == grad.sym_sizes(), "relu_ext: a gradient of shape ", grad.sym_sizes(),
+              " for what was kept of shape ", kept.sym_sizes());
+}
+
+void check_kept_vector(const Tensor& grad, int64_t dim, const Tensor& vector) {
+  TORCH_CHECK(vector.sym_numel() == (dim == no_dim ? c10::SymInt(1) : grad.sym_size(dim)),
+              "relu_ext: a gradient of shape ", grad.sym_sizes(), " for a vector that was kept of shape ",
+              vector.sym_sizes());
+}
+
+bool lies_as_kept(const Tensor& grad, const Tensor& kept, at::IntArrayRef stride) {
+  return kept.scalar_type() == grad.scalar_type() && same_layout(grad.sizes(), kept.strides(), stride);
+}
+
+bool is_kept_vector(const Tensor& grad, const Tensor& vector) {
+  return vector.scalar_type() == grad.scalar_type() && vector.is_contiguous();
 }
 
 Tensor forward(const Bound& bound, const Tensor& input) {
@@ -107,6 +142,7 @@ std::tuple<Tensor, Tensor> forward_bits(const Bound& bound, const Tensor& input)
   // Before the output: of the memory that glibc has for two large tensors, the bits then take a corner of one and leave
   // the other whole, where they would go between them. In a loop of steps three blocks took turns, not two.
   Tensor bits = allocate_bits(input);
+  if (!dense) check_memory(input);
   Tensor output = dense ? allocate_like(input) : at::empty_like(input).copy_(input);
   // No copy of the handle: a second reference to a tensor that Python owns takes the interpreter lock in torch 2.13.
   run_forward(bound, dense ? input : output, output, bits.mutable_data_ptr<uint8_t>());
@@ -127,14 +163,14 @@ Tensor forward_bits_(const Bound& bound, const Tensor& input) {
 
 Tensor backward(const Bound& bound, const Tensor& grad, const Tensor& bits, at::IntArrayRef stride) {
   checked_dtype(grad);
-  check_backward(grad, bits, bits.numel() == bytes_of_bits(grad.numel()), c10::fromIntArrayRefUnchecked(stride));
+  check_backward(grad, bits, c10::fromIntArrayRefUnchecked(stride));
   TORCH_CHECK(is_dense(grad.sizes(), stride), "relu_ext: the strides ", stride,
               " are not those of a dense tensor of shape ", grad.sizes());
-  return run_backward(bound, Kept::bits, grad, bits.const_data_ptr(), stride);
+  return run_backward(bound, Kept::bits, grad, data(bits), stride);
 }
 
 Tensor backward_from(Kept kept, const Bound& bound, const Tensor& grad, const Tensor& value) {
-  return run_backward(bound, kept, grad, value.const_data_ptr(), value.strides());
+  return run_backward(bound, kept, grad, data(value), value.strides());
 }
 
 }  // namespace relu_ext::launch

@@ -26,10 +26,23 @@ bool same_layout(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b);
 // The tensor, or a copy of it, with these strides.
 at::Tensor in_layout(const at::Tensor&, at::IntArrayRef stride);
 
-// These throw; no data is read, so they serve tensors without data too. bits_fit: there are as many bytes of bits as
-// grad's elements need.
+// Throws for a tensor whose storage has been resized to less than its elements take, as FSDP does. PyTorch itself looks
+// no further than whether there is any memory, and that not in all its kernels. Undefined ones have none and need none.
+void check_memory(const at::Tensor&);
+// Where its elements begin, which is checked; null where it is undefined.
+const void* data(const at::Tensor&);
+
+// These throw; no data is read, so they serve tensors without data too.
 Dtype checked_dtype(const at::Tensor&);
-void check_backward(const at::Tensor& grad, const at::Tensor& bits, bool bits_fit, c10::SymIntArrayRef stride);
+void check_backward(const at::Tensor& grad, const at::Tensor& bits, c10::SymIntArrayRef stride);
+// What a node unpacks need not be what it saved: hooks return what they like, and `x.data = ...` exchanges x itself.
+void check_kept(const at::Tensor& grad, const at::Tensor& kept);
+// vector: a value for each index of this dimension, or one for all.
+constexpr int64_t no_dim = -1;
+void check_kept_vector(const at::Tensor& grad, int64_t dim, const at::Tensor& vector);
+// Those two, for what a kernel is to read: of grad's dtype, and in the memory order that these strides give.
+bool lies_as_kept(const at::Tensor& grad, const at::Tensor& kept, at::IntArrayRef stride);
+bool is_kept_vector(const at::Tensor& grad, const at::Tensor& vector);
 
 // Outputs keep the input's strides where it is dense, else they have those of at::empty_like. Tensors are float32,
 // float64, float16 or bfloat16 on a device that the build has kernels for; anything else throws.

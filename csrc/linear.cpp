@@ -27,6 +27,7 @@ bool fit(const Tensor& input, const Tensor& weight, const Tensor& bias) {
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  for (const Tensor* read : {&input, &weight, &bias}) launch::check_memory(*read);
   c10::SmallVector<int64_t, 5> sizes(input.sizes());
   sizes.back() = weight.size(0);
   if (bias.defined()) return at::_addmm_activation(bias, rows_of(input), weight.t()).view(sizes);
@@ -52,8 +53,8 @@ Masked masked(const Keeping& keeping, const Tensor& grad, const Tensor& output, 
   work.dtype = *dtype_of(grad);
   work.channels = columns == 1 ? Channels{1, grad.numel()} : Channels{columns, 1};
   work.kept_as = Kept::output;
-  work.grad = laid_out.const_data_ptr();
-  work.kept = output.const_data_ptr();
+  work.grad = launch::data(laid_out);
+  work.kept = launch::data(output);
   work.grad_input = result.grad.mutable_data_ptr();
   work.grad_shift = with_bias ? result.bias.mutable_data_ptr() : nullptr;
   backend.fused_backward(work, grad.numel());
@@ -63,8 +64,11 @@ Masked masked(const Keeping& keeping, const Tensor& grad, const Tensor& output, 
 // saved: output, weight, input.
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor &output = saved[0], &weight = saved[1], &input = saved[2];
-  const bool plain = all_plain(grad, output) && output.is_contiguous() && grad.scalar_type() == output.scalar_type();
+  launch::check_kept(grad, output);
+  const bool plain = all_plain(grad, saved) && output.is_contiguous() && grad.scalar_type() == output.scalar_type();
   const auto run = [&] {
+    if (plain)
+      for (const Tensor* read : {&weight, &input}) launch::check_memory(*read);
     const auto [inner, bias] =
         plain ? masked(keeping, grad, output, needs[2]) : Masked{at::threshold_backward(grad, output, 0), {}};
     variable_list gradients(3);

@@ -25,15 +25,17 @@ struct BelowModes {
   c10::impl::ExcludeDispatchKeyGuard below_modes{keys::modes};
 };
 
+// For one that is observable.
 bool has_kernels(const Tensor& tensor) {
   return dtype_of(tensor) && (tensor.is_cpu() || (cuda::built && tensor.is_cuda()));
 }
 
 void check_cells(const Tensor& cells, int64_t count, const Tensor& beside) {
-  TORCH_CHECK(cells.scalar_type() == at::kLong && cells.is_contiguous() && cells.numel() == count &&
-                  cells.device() == beside.device(),
+  TORCH_CHECK(is_observable(cells) && cells.scalar_type() == at::kLong && cells.is_contiguous() &&
+                  cells.numel() == count && cells.device() == beside.device(),
               "relu_ext: expected ", count, " contiguous int64 on ", beside.device(), ", got ", cells.numel(), " of ",
               cells.scalar_type(), " on ", cells.device());
+  launch::check_memory(cells);
 }
 
 // bits: in the memory order of a dense tensor.
@@ -42,10 +44,13 @@ void count(const Tensor& bits, const Tensor& tensor, int64_t dim, int64_t step, 
   const int64_t number = tensor.size(dim);
   check_cells(kept, number, tensor);
   check_cells(last, number, tensor);
+  TORCH_CHECK(tensor.is_non_overlapping_and_dense(), "relu_ext: a tensor of shape ", tensor.sizes(), " with strides ",
+              tensor.strides(), " is not dense");
+  if (tensor.numel() == 0) return;
   const launch::OnDevice device(tensor);
   const int64_t inner = number == 1 ? tensor.numel() : tensor.stride(dim);  // the stride of one may be anything
   backend_of(tensor).count({{number, std::max<int64_t>(inner, 1)},
-                            bits.const_data_ptr<uint8_t>(),
+                            static_cast<const uint8_t*>(launch::data(bits)),
                             step,
                             kept.mutable_data_ptr<int64_t>(),
                             last.mutable_data_ptr<int64_t>()},
@@ -90,7 +95,8 @@ bool count_bits_of(const std::string& operation, const std::vector<double>& scal
   const Operation& named = operation_named(operation);
   TORCH_CHECK(scalars.size() == size_t(named.arguments), "relu_ext: ", operation, " has ", named.arguments, " scalars");
   const auto bound = bind(named, scalars.data());
-  if (!bound || !has_kernels(input) || !scalars_fit(bound->scalars, *dtype_of(input))) return false;
+  if (!bound || !is_observable(input) || !has_kernels(input) || !scalars_fit(bound->scalars, *dtype_of(input)))
+    return false;
   const BelowModes guard;
   const auto [output, bits] = launch::forward_bits(*bound, input);
   count(bits, output, dim, step, kept, last);
@@ -99,7 +105,9 @@ bool count_bits_of(const std::string& operation, const std::vector<double>& scal
 
 void find_nonfinite(const Tensor& tensor, int64_t step, const Tensor& first) {
   check_cells(first, 1, tensor);
-  if (has_kernels(tensor) && tensor.is_non_overlapping_and_dense()) {
+  const bool observable = is_observable(tensor);
+  if (observable) launch::check_memory(tensor);
+  if (observable && has_kernels(tensor) && tensor.is_non_overlapping_and_dense()) {
     const launch::OnDevice device(tensor);
     backend_of(tensor).find_nonfinite(
         {*dtype_of(tensor), tensor.const_data_ptr(), step, first.mutable_data_ptr<int64_t>()}, tensor.numel());

@@ -30,10 +30,11 @@ struct KernelBackward final : Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override;
   variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override;
 
-  // Undefined where there are none at hand. They are the first of what is saved.
+  // Undefined where there are none at hand; a backward pass that runs just now has them, and may wait, in a hook, for
+  // the interpreter lock that the caller has. They are the first of what is saved.
   Tensor bits() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (keeping_.kept != Kept::bits || saved_.empty()) return {};
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || keeping_.kept != Kept::bits || saved_.empty()) return {};
     return saved_[0].variable.get_raw_data().value_or(Tensor());
   }
   c10::SymIntArrayRef stride() const { return keeping_.stride; }
@@ -86,6 +87,9 @@ Needs KernelBackward::needs() const {
 variable_list KernelBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!grads[0].defined()) return variable_list(num_outputs());
+  // The engine has looked, but a hook before the node, or who calls the node itself, may give anything.
+  TORCH_CHECK(input_metadata(0).is_same_shape(grads[0]), name(), ": a gradient of shape ", grads[0].sym_sizes(),
+              " for an output of shape ", input_metadata(0).shape_as_dim_vector());
   variable_list gradients = gradients_(keeping_, grads[0], unpacked(), needs());
   gradients.resize(num_outputs());
   return gradients;

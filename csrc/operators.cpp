@@ -27,11 +27,14 @@ Outputs meta_forward(const Tensor& input, at::ArrayRef<double>) {
 }
 Tensor meta_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef stride, at::ArrayRef<double>) {
   launch::checked_dtype(grad);
-  launch::check_backward(grad, bits, bits.sym_numel() == sym_bytes_of_bits(grad), stride);
+  launch::check_backward(grad, bits, stride);
   return at::empty_strided_symint(grad.sym_sizes(), stride, grad.options());
 }
 
-Outputs meta_dropout(const Tensor& input, double, std::optional<at::Generator>) { return meta_forward(input, {}); }
+Outputs meta_dropout(const Tensor& input, double p, std::optional<at::Generator>) {
+  check_probability(p);
+  return meta_forward(input, {});
+}
 
 Bound checked(const Operation& operation, at::ArrayRef<double> scalars) {
   TORCH_CHECK(scalars.size() == size_t(operation.arguments), "relu_ext: ", operation.name, " has ", operation.arguments,

@@ -36,7 +36,7 @@ Outputs forward(const Channels& channels, const Tensor& input, const Tensor& wei
   const launch::OnDevice device(input);
   Tensor bits = with_bits ? launch::allocate_bits(input) : Tensor();
   Tensor output = launch::allocate_like(input);
-  backend_of(input).prelu({*dtype_of(input), channels, input.const_data_ptr(), weight.const_data_ptr(),
+  backend_of(input).prelu({*dtype_of(input), channels, launch::data(input), launch::data(weight),
                            output.mutable_data_ptr(), with_bits ? bits.mutable_data_ptr<uint8_t>() : nullptr},
                           input.numel());
   return {std::move(output), std::move(bits)};
@@ -53,8 +53,8 @@ variable_list backward(const Keeping& keeping, const Channels& channels, const T
   if (needs[1])
     gradients[1] = backend_of(grad).empty(weight.sizes(), weight.scalar_type(), at::MemoryFormat::Contiguous);
   backend_of(grad).prelu_backward(
-      {*dtype_of(grad), channels, laid_out.const_data_ptr(), from_bits ? nullptr : kept.const_data_ptr(),
-       from_bits ? kept.const_data_ptr<uint8_t>() : nullptr, weight.const_data_ptr(),
+      {*dtype_of(grad), channels, launch::data(laid_out), from_bits ? nullptr : launch::data(kept),
+       from_bits ? static_cast<const uint8_t*>(launch::data(kept)) : nullptr, launch::data(weight),
        needs[0] ? gradients[0].mutable_data_ptr() : nullptr, needs[1] ? gradients[1].mutable_data_ptr() : nullptr},
       grad.numel());
   return gradients;
@@ -65,7 +65,7 @@ variable_list definition(const Keeping& keeping, const Tensor& grad, const Tenso
                          const Needs& needs) {
   const Tensor slopes = broadcastable(weight, grad.dim());
   if (keeping.kept == Kept::bits)
-    return {at::where(kept_by_bits(kept, grad.sym_sizes(), keeping.stride), grad, slopes.mul(grad)), Tensor()};
+    return {at::where(kept_by_bits(grad, kept, keeping.stride), grad, slopes.mul(grad)), Tensor()};
   auto [grad_input, products] = at::_prelu_kernel_backward(grad, kept, slopes);
   if (!needs[1]) return {grad_input, Tensor()};
   return {grad_input, products.sum_to_size_symint(slopes.sym_sizes()).reshape_symint(weight.sym_sizes())};
@@ -73,8 +73,16 @@ variable_list definition(const Keeping& keeping, const Tensor& grad, const Tenso
 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor &kept = saved[0], &weight = saved[1];
-  if (!all_plain(grad, saved)) return definition(keeping, grad, kept, weight, needs);
+  const bool from_bits = keeping.kept == Kept::bits;
+  if (!from_bits) launch::check_kept(grad, kept);
+  launch::check_kept_vector(grad, keeping.dim, weight);
+  if (!all_plain(grad, saved) || !launch::is_kept_vector(grad, weight))
+    return definition(keeping, grad, kept, weight, needs);
   const auto stride = C10_AS_INTARRAYREF_SLOW(keeping.stride);
+  if (from_bits)
+    launch::check_backward(grad, kept, keeping.stride);
+  else if (!launch::lies_as_kept(grad, kept, stride))
+    return definition(keeping, grad, kept, weight, needs);
   const Channels channels{weight.numel(),
                           weight.numel() == 1 ? std::max<int64_t>(grad.numel(), 1) : std::max<int64_t>(stride[1], 1)};
   return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &kept, &weight}, false,
@@ -104,7 +112,11 @@ std::optional<Tensor> apply_prelu(const Bound& bound, const Tensor& input, const
         });
     if (!way.history) return output;
     const auto stride = output.sym_strides();
-    set_history(output, gradients, {bound, with_bits ? Kept::bits : Kept::input, {stride.begin(), stride.end()}},
+    set_history(output, gradients,
+                {bound,
+                 with_bits ? Kept::bits : Kept::input,
+                 {stride.begin(), stride.end()},
+                 weight.numel() == 1 ? launch::no_dim : 1},
                 {&input, &weight}, {{with_bits ? bits : input}, {weight}});
     return output;
   };

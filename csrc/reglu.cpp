@@ -3,6 +3,8 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
 
+#include <algorithm>
+
 #include "autograd.h"
 #include "backend.h"
 #include "calls.h"
@@ -48,7 +50,7 @@ template <class Pointer>
 Rows<Pointer> rows(Pointer data, const Tensor& tensor, bool one_row) {
   return {data, one_row ? tensor.numel() : rows_of(tensor)->stride};
 }
-Rows<const void*> read(const Tensor& tensor, bool one_row) { return rows(tensor.const_data_ptr(), tensor, one_row); }
+Rows<const void*> read(const Tensor& tensor, bool one_row) { return rows(launch::data(tensor), tensor, one_row); }
 Rows<void*> written(const Tensor& tensor, bool one_row) {
   return tensor.defined() ? rows(tensor.mutable_data_ptr(), tensor, one_row) : Rows<void*>{};
 }
@@ -80,6 +82,7 @@ variable_list backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
   const launch::OnDevice device(grad);
   const Backend& backend = backend_of(grad);
   const bool has_up = up.defined(), one_row = are_one_row(gate, has_up ? up : gate);
+  launch::check_memory(grad);
   const Tensor laid_out =
       one_row ? launch::in_layout(grad, gate.strides()) : below_autograd([&] { return grad.contiguous(); });
   variable_list gradients(2);
@@ -112,7 +115,10 @@ variable_list definition(const Tensor& grad, const Tensor& gate, const Tensor& u
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor& gate = saved[0];
   const Tensor up = saved.size() > 1 ? saved[1] : Tensor();
-  if (!all_plain(grad, saved) || (up.defined() && !fit(gate, up))) return definition(grad, gate, up, needs);
+  for (const Tensor& kept : saved) launch::check_kept(grad, kept);
+  const auto alike = [&](const Tensor& kept) { return kept.scalar_type() == grad.scalar_type() && fit(gate, kept); };
+  if (!all_plain(grad, saved) || !std::all_of(saved.begin(), saved.end(), alike))
+    return definition(grad, gate, up, needs);
   return recorded(keeping.bound, &Registered::recorded_backward, {&grad, &gate}, false,
                   [&] { return backward(grad, gate, up, needs); });
 }
