@@ -3,6 +3,7 @@
 //
 // The entries use the C API: every call of a layer goes through them, and pybind11 would add to its time.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -29,8 +30,12 @@ namespace {
 
 // torch.set_default_device() leaves this function mode on for good. It concerns calls that make tensors, not ours.
 bool is_device_context(PyObject* mode) {
-  static const py::object type = py::object(py::module_::import("torch.utils._device").attr("DeviceContext"));
-  return reinterpret_cast<PyObject*>(Py_TYPE(mode)) == type.ptr();
+  // While it is imported other threads may run: a static object's guard would keep them waiting for the import, and the
+  // import for the interpreter lock that they have.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> type;
+  const auto imported = [] { return py::object(py::module_::import("torch.utils._device").attr("DeviceContext")); };
+  const py::object& context = type.call_once_and_store_result(imported).get_stored();
+  return reinterpret_cast<PyObject*>(Py_TYPE(mode)) == context.ptr();
 }
 
 bool function_modes_allow() {
@@ -45,10 +50,24 @@ bool function_modes_allow() {
 // may always wait, for memory.
 constexpr int64_t short_work = 4096;
 
+// The interpreter lock, given away for a time. When the interpreter has exited meanwhile, Python before 3.14 ends a
+// daemon thread where it asks for the lock, by unwinding its stack. Through a destructor that may not throw, such as
+// that of pybind11::gil_scoped_release, this would end the process.
+class WithoutGil {
+ public:
+  explicit WithoutGil(bool wanted) : state_(wanted ? PyEval_SaveThread() : nullptr) {}
+  WithoutGil(const WithoutGil&) = delete;
+  ~WithoutGil() noexcept(false) {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* const state_;
+};
+
 template <class Call>
 auto without_gil(const at::Tensor& input, Call call) {
-  std::optional<py::gil_scoped_release> release;
-  if (input.numel() > short_work || !input.is_cpu()) release.emplace();
+  const WithoutGil release(input.numel() > short_work || !input.is_cpu());
   return call();
 }
 
