@@ -4,6 +4,7 @@ The bits that an activation keeps for backward say what fired. They are counted 
 training step; nothing is copied to the host before somebody asks.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +30,9 @@ NOT_CALLED = "not called in training mode; what torch.compile compiles is not co
 NO_BITS = "no bits at hand: made again from output or input"
 NOT_TOLD = "neither bits nor output and input tell what fired"
 MOST_NAMED = 8  # channels in a line of the report
+
+# Forward passes may be in several threads: nn.DataParallel's are. One for all monitors, so that these can be copied.
+_adding_up = threading.RLock()
 
 
 def _bits_again(module: nn.Module, input: Any, output: Tensor) -> tuple[str, tuple[float, ...], Tensor] | None:
@@ -230,17 +234,19 @@ class Monitor:
 
     def step(self) -> None:
         """Begins a step. A call of the model in training mode does it, too."""
-        self.steps += 1
-        if self.steps > 1 and self.steps % self.window == 1 % self.window:
-            for layer in self._layers:
-                for cells in layer.cells.values():
-                    cells.next_window()
+        with _adding_up:
+            self.steps += 1
+            if self.steps > 1 and self.steps % self.window == 1 % self.window:
+                for layer in self._layers:
+                    for cells in layer.cells.values():
+                        cells.next_window()
 
     def reset(self) -> None:
         """Forgets all that was counted; the next step is the first."""
-        self.steps = 0
-        for layer in self._layers:
-            layer.forget()
+        with _adding_up:
+            self.steps = 0
+            for layer in self._layers:
+                layer.forget()
 
     def close(self) -> None:
         """Takes the hooks off the model. What was counted stays."""
@@ -258,8 +264,11 @@ class Monitor:
             self.step()
 
     def _look(self, layer: _Layer, module: nn.Module, args: tuple, output: Any) -> None:
-        if not module.training:
-            return
+        if module.training:
+            with _adding_up:
+                self._add_up(layer, module, args, output)
+
+    def _add_up(self, layer: _Layer, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.steps:
             self.step()
         if self.steps % self.every:
@@ -305,7 +314,8 @@ class Monitor:
 
     def layers(self) -> list[LayerReport]:
         """A row for each module that is watched, or for each of its calls; this and all below wait for the device."""
-        return [row for layer in self._layers for row in self._rows(layer)]
+        with _adding_up:
+            return [row for layer in self._layers for row in self._rows(layer)]
 
     def _rows(self, layer: _Layer) -> list[LayerReport]:
         note = "; ".join(layer.notes)
