@@ -405,10 +405,15 @@ def test_exported(strict):
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("operation", FEW, ids=str)
 def test_make_fx(operation, mode, pre_dispatch):
+    def forward_and_backward(input, grad):
+        input = input.detach().requires_grad_()
+        output = operation.definition(input)
+        return output.detach(), *torch.autograd.grad(output, input, grad)
+
     def run():
-        gradient = make_fx(lambda x: output_and_gradient(operation.definition, x), tracing_mode=mode)
+        gradient = make_fx(forward_and_backward, tracing_mode=mode)(numbers(5, 7), numbers(7, 5, seed=1).t())
         forward = make_fx(lambda x: operation.definition(x), tracing_mode=mode, pre_dispatch=pre_dispatch)
-        return [str(traced(numbers(5, 7)).graph) for traced in (gradient, forward)]
+        return str(gradient.graph), str(forward(numbers(5, 7)).graph)
 
     before, while_installed = before_and_installed(run)
     assert while_installed == before
