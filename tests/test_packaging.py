@@ -106,7 +106,7 @@ def test_wheel(wheel):
     assert all(wheel.read(name) == (ROOT / name).read_bytes() for name in PACKAGE)
     metadata = email.message_from_bytes(wheel.read(f"{NAME}.dist-info/METADATA"))
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert [re.split("[<>=]", line)[0] for line in required] == ["torch"]
+    assert [re.match(r"[\w-]+", line)[0] for line in required] == ["torch"]
     assert (metadata["Name"], metadata["Version"]) == ("relu_ext", relu_ext.__version__)
     tags = email.message_from_bytes(wheel.read(f"{NAME}.dist-info/WHEEL"))
     python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
