@@ -38,7 +38,7 @@ MOST = 4096  # elements of all but the rare tensors that two threads share
 
 
 def rarely(strategy, otherwise, times=20):
-    """``strategy`` once in so many ``times``."""
+    """``strategy`` once in so many ``times``, or less: Hypothesis prefers small numbers."""
     return st.integers(0, times - 1).flatmap(lambda number: strategy if number == times - 1 else otherwise)
 
 
@@ -119,7 +119,7 @@ large_shapes = st.one_of(
     st.integers(7000, 7400).map(lambda size: (size, 3, 3)),
     st.integers(300, 400).map(lambda size: (size, 200)),
 )
-any_shape = rarely(large_shapes, shapes, times=50)
+any_shape = rarely(large_shapes, shapes, times=25)
 
 
 @st.composite
@@ -167,8 +167,8 @@ def like(draw, view):
     other = views(view.shape, view.dtype, view.exact)
     of_dtype = st.sampled_from(DTYPES).flatmap(lambda dtype: views(view.shape, dtype, view.exact))
     of_shape = shapes.flatmap(lambda shape: views(shape, view.dtype, view.exact))
-    unlike = st.one_of(other, other, of_dtype, of_shape)
-    return draw(rarely(unlike, st.just(same), times=5))
+    unlike = rarely(of_dtype | of_shape, other, times=4)
+    return draw(rarely(unlike, st.just(same), times=2))
 
 
 @st.composite
