@@ -33,6 +33,19 @@ def assert_all_same(ours, theirs):
         assert_same(a, b)
 
 
+def assert_near_sum(grad_weight, input, grad):
+    """prelu's gradient of its weight is at most as far from the truth as rounding that, and products in float32, is."""
+    products = torch.where(input > 0, 0, input.double() * grad.double())
+    places = [dim for dim in range(input.dim()) if dim != 1 or grad_weight.numel() == 1]
+    truth, scale = (terms.sum(places).view(grad_weight.shape) for terms in (products, products.abs()))
+    dtype = grad_weight.dtype
+    unit, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    rounding = truth.abs() * unit + scale * min(unit, torch.finfo(torch.float32).eps) + smallest
+    finite = truth.to(dtype).isfinite()
+    assert_same(grad_weight[~finite], truth.to(dtype)[~finite])
+    assert ((grad_weight.double() - truth).abs() <= rounding)[finite].all()
+
+
 def error_of(function, *inputs):
     with pytest.raises(Exception) as error:
         function(*inputs)
