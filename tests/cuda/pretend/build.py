@@ -4,26 +4,19 @@ python build.py FOLDER: makes FOLDER/relu_ext, the package that runs on it, and 
 torch. What is up to date there is left alone.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import torch
-from setuptools import Distribution
 from torch.utils.cpp_extension import CppExtension
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+sys.path.append(str(ROOT / "tests"))
+import variant  # noqa: E402
+
 # What tests/cuda/emulator asks for; and kernels over it take g++ minutes at -O3.
 EMULATED = ["-fno-strict-aliasing", "-Wno-unknown-pragmas", "-O1"]
-
-
-def setup_py():
-    """The project's build, so that both builds have the same flags and leave the same record."""
-    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def extension(name: str, sources: list[Path | str], flags: list[str]) -> CppExtension:
@@ -37,37 +30,17 @@ def extension(name: str, sources: list[Path | str], flags: list[str]) -> CppExte
     )
 
 
-def link_python(package: Path) -> None:
-    package.mkdir(parents=True, exist_ok=True)
-    for path in package.glob("*.py"):
-        path.unlink()
-    for path in (ROOT / "relu_ext").glob("*.py"):
-        if path.name != "_build.py":
-            (package / path.name).symlink_to(path)
-
-
-def build(folder: Path) -> None:
-    project = setup_py()
+def main(folder: Path) -> None:
+    project = variant.setup_py()
     project.Build.choice = project.Choice("emulated", None, "CUDA kernels on the CPU.")
-    link_python(folder / "relu_ext")
     replaced = ROOT / "csrc" / "cuda" / "random.cpp"
     sources = [source for source in project.sources("*.cpp") if ROOT / source != replaced]
-    command = project.Build(
-        Distribution(
-            {
-                "ext_modules": [
-                    extension("relu_ext._C", [*sources, HERE / "kernels.cpp", HERE / "random.cpp"], project.FLAGS),
-                    extension("_device", [HERE / "device.cpp", HERE / "fallback.cpp"], project.FLAGS),
-                ]
-            }
-        )
-    )
-    command.build_lib = str(folder)
-    command.build_temp = str(folder / "objects")
-    command.force = True  # leaves it to ninja, which knows every header, what is out of date
-    command.ensure_finalized()
-    command.run()
+    extensions = [
+        extension("relu_ext._C", [*sources, HERE / "kernels.cpp", HERE / "random.cpp"], project.FLAGS),
+        extension("_device", [HERE / "device.cpp", HERE / "fallback.cpp"], project.FLAGS),
+    ]
+    variant.build(project, folder, extensions)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve())

@@ -7,15 +7,15 @@ time.
 import ctypes
 import os
 import runpy
-import subprocess
 import sys
-import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 BUILT = ROOT / "build" / "pretend"
+sys.path.append(str(ROOT / "tests"))
+import variant  # noqa: E402
 
 
 def torch_cuda() -> str | None:
@@ -34,12 +34,8 @@ def main() -> int:
         print("LEFT OUT, the tests on a pretended CUDA device: this torch is a CUDA build, and it needs a CPU build.")
         return 0
     print("building the extension over emulated CUDA", flush=True)
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # ninja is a program
-    command = [sys.executable, HERE / "build.py", BUILT]
-    built = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    if built.returncode:
-        print(built.stdout + built.stderr)
-        return built.returncode
+    if not variant.run_build(HERE / "build.py", BUILT):
+        return 1
     sys.path[:1] = [str(BUILT), str(HERE)]
     import pytest
 
