@@ -1,0 +1,56 @@
+"""Every call of the table on tensors between pages that trap: python guarded_checks.py behind|before
+
+guards.cpp is preloaded. Inputs, gradients, outputs, bits and vectors end at such a page, or begin after one. Each call
+is announced on stdout before it runs: of a process that traps the last line tells the place.
+"""
+
+import ctypes
+import faulthandler
+import sys
+
+import torch
+from calls import CALLS, run
+from operations import DTYPES
+from torch import Tensor
+
+import relu_ext
+from relu_ext import _C
+
+PAGE = 4096
+PLACES = {"behind": 1, "before": 2}  # guards.cpp's
+# Around vectors, words of bits, blocks and chunks of 512 and 1024 elements, and pages; the last is for two threads.
+LENGTHS = [*range(20), 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 4095, 4097, 70001]
+
+
+def lies_at_guard(tensor: Tensor, place: str) -> bool:
+    memory = tensor.untyped_storage()
+    return (memory.data_ptr() + (memory.nbytes() if place == "behind" else 0)) % PAGE == 0
+
+
+def main(place: str) -> None:
+    faulthandler.enable()
+    ctypes.c_int.in_dll(ctypes.CDLL(None), "guard_place").value = PLACES[place]
+    count = 0
+    for isa in relu_ext.build_info()["isas_supported"]:
+        _C.set_isa(isa)
+        for dtype in DTYPES:
+            for n in LENGTHS:
+                for call in CALLS:
+                    count += check(place, isa, dtype, n, call)
+    print(f"{count} calls")
+
+
+def check(place, isa, dtype, n, call) -> int:
+    def make(*shape):
+        return torch.empty(shape, dtype=dtype).normal_()
+
+    number = 1 << len(call.inputs(make, n))
+    for needs in range(number):
+        print(f"{call}, {n} of {dtype}, {isa}, gradients {needs:b}", flush=True)
+        for tensor in run(call, make, n, needs):
+            assert tensor is None or lies_at_guard(tensor, place)
+    return number
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
