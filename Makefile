@@ -2,6 +2,7 @@
 # make check        style, and the CUDA kernels proved without a GPU   make format  applies the style
 # make check-all    the same for every GPU that nvcc knows, planted bugs, the portable CPU kernels on x86-64 and aarch64
 # make fuzz         tests/test_properties.py with other examples each time, for MINUTES (10)
+# make sanitize     the tests with sanitizers in the extension           make leaks   100,000 calls of each operation
 # make clean        removes what was built
 # make package      a source distribution and its wheel, in dist/     make compat   the tests with the oldest torch
 # make gpu          on a machine with a GPU: build, tests, compute-sanitizer, benchmark; ARGS names parts
@@ -46,7 +47,8 @@ SETUPTOOLS := 70.1.0
 # Tests run in as many processes, where there is what that takes.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
-.PHONY: test fuzz bench build check check-style check-cuda check-portable check-all cuda-build package compat gpu format clean
+.PHONY: test fuzz leaks sanitize bench build check check-style check-cuda check-portable check-all cuda-build package compat
+.PHONY: gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 
@@ -103,6 +105,14 @@ check-all: ONE_ORDER :=
 check-all: SAMPLED :=
 check-all: MUTANTS :=
 check-all: check check-portable
+
+# Of what the compiler can see. Its build takes six minutes of one core, the first time.
+sanitize: $(READY)
+	$(PY) tests/sanitized/run.py memory $(WORKERS) $(ARGS)
+	$(PY) tests/sanitized/run.py threads
+
+leaks: $(BUILT)
+	LEAK_CALLS=100000 $(PY) -m pytest $(WORKERS) tests/test_memory.py -k leave $(ARGS)
 
 cuda-build:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.version.cuda)' 2>/dev/null; then \
