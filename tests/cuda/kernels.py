@@ -6,6 +6,7 @@ AddressSanitizer and UndefinedBehaviorSanitizer.
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import subprocess
@@ -465,26 +466,43 @@ class Kernels:
             self.library.emulator_run_all_blocks()
 
 
-class Memory:
-    """Elements at `offset` bytes past a multiple of 16, in a block of exactly their size for AddressSanitizer.
+LIBC = ctypes.CDLL(None)
+LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = c_void_p, [ctypes.c_size_t], [c_void_p]
+LIBC.mprotect.argtypes = [c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-    In a plain build, which has no red zones, the block goes on behind them. intact() tells whether anything but the
-    elements was written to.
+
+def exact_block(size: int) -> np.ndarray:
+    """Bytes from a multiple of 16 on, for AddressSanitizer."""
+    address = LIBC.malloc(size)
+    block = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(block, LIBC.free, address)
+    return np.frombuffer(block, np.uint8)
+
+
+def guarded_block(size: int) -> np.ndarray:
+    """The same up to a multiple of 16, and then a page that traps."""
+    size = -(-size // 16) * 16
+    inside = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = np.frombuffer(mmap.mmap(-1, inside + mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    assert LIBC.mprotect(whole.ctypes.data + inside, mmap.PAGESIZE, 0) == 0
+    return whole[inside - size : inside]
+
+
+class Memory:
+    """Elements at `offset` bytes past a multiple of 16, in a block that ends with them, or less than 16 bytes later.
+
+    A read or write behind the block ends the process. intact() tells whether anything in it but the elements was
+    written to.
     """
 
     POISON = 0xA5
-    BEHIND = 0 if os.environ.get("EMULATED") == "sanitized" else 64
-    LIBC = ctypes.CDLL(None)
-    LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = c_void_p, [ctypes.c_size_t], [c_void_p]
+    new_block = staticmethod(exact_block if os.environ.get("EMULATED") == "sanitized" else guarded_block)
 
     def __init__(self, elements: np.ndarray, offset: int = 0):
-        size = offset + elements.nbytes + self.BEHIND
-        block = self.LIBC.malloc(size)
-        assert block % 16 == 0
-        weakref.finalize(self, self.LIBC.free, block)
-        self.address = block + offset
-        whole = np.frombuffer((ctypes.c_ubyte * size).from_address(block), np.uint8)
+        whole = self.new_block(offset + elements.nbytes)
+        assert whole.ctypes.data % 16 == 0
         whole[:] = self.POISON
+        self.address = whole.ctypes.data + offset
         self.before, self.behind = whole[:offset], whole[offset + elements.nbytes :]
         self.elements = whole[offset : offset + elements.nbytes].view(elements.dtype)
         self.elements[:] = elements
