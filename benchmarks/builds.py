@@ -27,7 +27,7 @@ from setup import FLAGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("kernels", "fused", "prelu", "gated", "isa")
+SOURCES = ("kernels", "fused", "prelu", "gated", "monitor", "isa")
 KERNELS = ["relu", "relu6", "hardtanh", "threshold", "leaky_relu", "elu", "relu_squared", "prelu", "reglu"]
 KERNELS += ["add_relu", "bias_relu", "scale_shift_relu", "scale_shift_add_relu", "fma_relu", "relu_dropout"]
 STEPS = ("forward", "with bits", "backward")
@@ -38,8 +38,8 @@ BLOCK_SECONDS = 1e-3
 class Arrays(ctypes.Structure):
     """That of tests/portable/works.h."""
 
-    NAMES = ("input", "other", "grad", "scale", "shift", "output", "grad_input", "grad_other", "bits", "totals")
-    _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
+    NAMES = "input other grad scale shift output grad_input grad_other bits totals counts"
+    _fields_ = [(name, ctypes.c_void_p) for name in NAMES.split()]
 
 
 def compiled(source: Path, csrc: Path) -> Path:

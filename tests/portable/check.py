@@ -25,7 +25,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = [CSRC / "cpu" / f"{name}.cpp" for name in ("kernels", "fused", "prelu", "gated", "isa")]
+KERNELS = [CSRC / "cpu" / f"{name}.cpp" for name in ("kernels", "fused", "prelu", "gated", "monitor", "isa")]
 FLAGS = ["-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fopenmp", f"-I{CSRC}", *sys.argv[1:]]
 
 TYPES = {

@@ -1,17 +1,23 @@
 // Prints a line for each instruction set of this processor, kernel, dtype and length: a hash of all that was written.
+// All memory is next to pages that trap.
+#include <signal.h>
+
 #include <cmath>
 #include <cstdio>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "dispatch.h"
+#include "guarded.h"
 #include "works.h"
 
 namespace {
 
 using namespace relu_ext;
 
-constexpr int64_t lengths[] = {1, 7, 63, 64, 65, 1000, 5003};
+// And all from 0 to 130. Chunks are of 512 or 1024 elements, pages of 1024 floats.
+constexpr int64_t long_ones[] = {511, 512, 513, 1000, 1023, 1024, 1025, 4095, 4096, 4097, 5003};
+constexpr int64_t inners[] = {1, 130, 600};  // neighbours, chunks with several channels, and chunks of one
 constexpr int64_t channels = 5;
 constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16"};
 
@@ -25,15 +31,10 @@ double element(uint64_t seed, int64_t i) {
 }
 
 template <class T>
-class Memory {
-  std::vector<T> elements_;
-
- public:
-  Memory(int64_t numel, uint64_t seed) : elements_(size_t(numel)) {
-    for (int64_t i = 0; i < numel; ++i) elements_[size_t(i)] = narrow<T>(Arithmetic<T>(element(seed, i)));
+struct Memory : Guarded<T> {
+  Memory(int64_t numel, uint64_t seed, Place place) : Guarded<T>(numel, place) {
+    for (int64_t i = 0; i < numel; ++i) this->data()[i] = narrow<T>(Arithmetic<T>(element(seed, i)));
   }
-  T* data() { return elements_.data(); }
-  size_t size() const { return elements_.size(); }
 };
 
 class Hash {
@@ -50,41 +51,56 @@ class Hash {
       add_word(value != value ? ~uint64_t(0) : uint64_t(bit_cast<Word<T>>(memory.data()[i])));
     }
   }
-  void add(const std::vector<uint8_t>& bytes) {
-    for (const uint8_t byte : bytes) add_word(byte);
+  template <class Integer>
+  void add(Guarded<Integer>& memory) {
+    for (size_t i = 0; i < memory.size(); ++i) add_word(uint64_t(memory.data()[i]));
   }
-  void print(const char* kernel, Dtype dtype, int64_t numel, int64_t inner) const {
-    std::printf("%s: %s %s %lld %lld %016llx\n", name(chosen_isa()), kernel, names[int(dtype)], (long long)numel,
-                (long long)inner, (unsigned long long)state_);
-  }
+  uint64_t state() const { return state_; }
 };
+
+char running[200];
+void trapped(int) {
+  std::fprintf(stderr, "outside of its memory: %s\n", running);
+  std::_Exit(1);
+}
 
 template <class T>
 void every_kernel(Dtype dtype, int64_t numel, int64_t inner) {
   for_works([&](const char* kernel, auto run) {
-    Memory<T> input(numel, 1), other(numel, 2), grad(numel, 3), scale(channels, 4), shift(channels, 5);
-    Memory<T> output(numel, 6), grad_input(numel, 7), grad_other(numel, 8);
-    Memory<double> totals(2 * channels, 9);
-    std::vector<uint8_t> bits(size_t(bytes_of_bits(numel)));
-    const Arrays arrays{input.data(),  other.data(),      grad.data(),       scale.data(), shift.data(),
-                        output.data(), grad_input.data(), grad_other.data(), bits.data(),  totals.data()};
-    for (const Step step : {Step::forward_with_bits, Step::backward})
-      run(step, dtype, numel, Channels{channels, inner}, arrays);
+    std::snprintf(running, sizeof(running), "%s: %s %s %lld %lld", name(chosen_isa()), kernel, names[int(dtype)],
+                  (long long)numel, (long long)inner);
     Hash hash;
-    hash.add(output), hash.add(grad_input), hash.add(grad_other), hash.add(totals), hash.add(bits);
-    hash.print(kernel, dtype, numel, inner);
+    for (const Place place : {Place::before_a_trap, Place::behind_a_trap}) {
+      Memory<T> input(numel, 1, place), other(numel, 2, place), grad(numel, 3, place);
+      Memory<T> scale(channels, 4, place), shift(channels, 5, place);
+      Memory<T> output(numel, 6, place), grad_input(numel, 7, place), grad_other(numel, 8, place);
+      Memory<double> totals(2 * channels, 9, place);
+      Guarded<uint8_t> bits(bytes_of_bits(numel), place);
+      Guarded<int64_t> counts(channels, place);
+      const Arrays arrays{input.data(),      other.data(),      grad.data(), scale.data(),  shift.data(), output.data(),
+                          grad_input.data(), grad_other.data(), bits.data(), totals.data(), counts.data()};
+      for (const Step step : {Step::forward, Step::forward_with_bits, Step::backward})
+        run(step, dtype, numel, Channels{channels, inner}, arrays);
+      hash.add(output), hash.add(grad_input), hash.add(grad_other), hash.add(totals), hash.add(bits), hash.add(counts);
+    }
+    std::printf("%s %016llx\n", running, (unsigned long long)hash.state());
   });
+}
+
+void every_dtype(int64_t numel) {
+  for (const auto dtype : {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16})
+    for (const int64_t inner : inners)
+      with_dtype(dtype, [&](auto element) { every_kernel<decltype(element)>(dtype, numel, inner); });
 }
 
 }  // namespace
 
 int main() {
+  signal(SIGSEGV, trapped);
   for (const Isa isa : compiled_isas) {
     if (isa > best_isa()) break;
     set_isa(name(isa));
-    for (const auto dtype : {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16})
-      for (const int64_t numel : lengths)
-        for (const int64_t inner : {int64_t(1), int64_t(130)})
-          with_dtype(dtype, [&](auto element) { every_kernel<decltype(element)>(dtype, numel, inner); });
+    for (int64_t numel = 0; numel <= 130; ++numel) every_dtype(numel);
+    for (const int64_t numel : long_ones) every_dtype(numel);
   }
 }
