@@ -226,7 +226,7 @@ def test_leaves_nothing(call):
 
 @needs_glibc
 @pytest.mark.parametrize("road", ROADS.values(), ids=ROADS)
-@pytest.mark.parametrize("call", [call for call in CALLS if "(" not in call.name], ids=str)  # others differ by scalars
+@pytest.mark.parametrize("call", [call for call in CALLS if not re.search(r"[(6]|in place|selu", call.name)], ids=str)
 def test_roads_leave_nothing(call, road):
     assert_leaves_nothing(road(call), max(250, TIMES // 20), choices_of(call))
 
