@@ -9,8 +9,8 @@ import faulthandler
 import sys
 
 import torch
-from calls import CALLS, run
 from operations import DTYPES
+from sized_calls import CALLS, run
 from torch import Tensor
 
 import relu_ext

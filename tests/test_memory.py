@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import CALLS, run
 from composing import Watch
 from guarded_checks import PLACES
+from sized_calls import CALLS, run
 
 import relu_ext
 from relu_ext import _C
