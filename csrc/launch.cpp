@@ -109,12 +109,19 @@ void check_backward(const Tensor& grad, const Tensor& bits, c10::SymIntArrayRef 
               grad.dim(), " dimensions");
 }
 
+void check_device(const Tensor& grad, const Tensor& kept) {
+  TORCH_CHECK(kept.device() == grad.device(), "relu_ext: a gradient on ", grad.device(), " for what was kept on ",
+              kept.device());
+}
+
 void check_kept(const Tensor& grad, const Tensor& kept) {
+  check_device(grad, kept);
   TORCH_CHECK(kept.sym_sizes() == grad.sym_sizes(), "relu_ext: a gradient of shape ", grad.sym_sizes(),
               " for what was kept of shape ", kept.sym_sizes());
 }
 
 void check_kept_vector(const Tensor& grad, int64_t dim, const Tensor& vector) {
+  check_device(grad, vector);
   TORCH_CHECK(vector.sym_numel() == (dim == no_dim ? c10::SymInt(1) : grad.sym_size(dim)),
               "relu_ext: a gradient of shape ", grad.sym_sizes(), " for a vector that was kept of shape ",
               vector.sym_sizes());

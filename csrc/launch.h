@@ -36,6 +36,7 @@ const void* data(const at::Tensor&);
 Dtype checked_dtype(const at::Tensor&);
 void check_backward(const at::Tensor& grad, const at::Tensor& bits, c10::SymIntArrayRef stride);
 // What a node unpacks need not be what it saved: hooks return what they like, and `x.data = ...` exchanges x itself.
+void check_device(const at::Tensor& grad, const at::Tensor& kept);
 void check_kept(const at::Tensor& grad, const at::Tensor& kept);
 // vector: a value for each index of this dimension, or one for all.
 constexpr int64_t no_dim = -1;

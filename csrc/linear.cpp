@@ -65,6 +65,7 @@ Masked masked(const Keeping& keeping, const Tensor& grad, const Tensor& output, 
 variable_list gradients(const Keeping& keeping, const Tensor& grad, const variable_list& saved, const Needs& needs) {
   const Tensor &output = saved[0], &weight = saved[1], &input = saved[2];
   launch::check_kept(grad, output);
+  for (const Tensor* kept : {&weight, &input}) launch::check_device(grad, *kept);
   const bool plain = all_plain(grad, saved) && output.is_contiguous() && grad.scalar_type() == output.scalar_type();
   const auto run = [&] {
     if (plain)

@@ -113,6 +113,8 @@ void find_nonfinite(const Tensor& tensor, int64_t step, const Tensor& first) {
         {*dtype_of(tensor), tensor.const_data_ptr(), step, first.mutable_data_ptr<int64_t>()}, tensor.numel());
     return;
   }
+  TORCH_CHECK(!tensor.is_meta() && !tensor.key_set().has(c10::DispatchKey::Python),
+              "relu_ext: there may be no memory to look at in a tensor of ", tensor.key_set());
   const BelowModes guard;
   const Tensor found = at::isfinite(tensor).all().logical_not().logical_and(first.eq(0));
   first.copy_(at::where(found, step, first));

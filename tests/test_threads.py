@@ -256,32 +256,38 @@ def test_a_monitor_counts_what_all_threads_compute():
 # Locks: of the interpreter, and of a node that goes backward
 
 
-@pytest.mark.parametrize("name", ["relu", "elu", "prelu", "reglu", "add_relu", "relu_dropout", "linear_relu"])
-def test_the_interpreter_lock(name):
-    """Given to other threads while large tensors are computed, and kept for small ones."""
-    call = CALLS[name]
+@pytest.fixture
+def endless_turns():
+    """A thread that has the interpreter lock keeps it until it waits or releases it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    yield
+    sys.setswitchinterval(before)
 
-    def another_runs(shape, times):
-        inputs, ran, lock = call.inputs(shape), [], threading.Lock()
-        thread = threading.Thread(target=lambda: ran.append(lock.acquire()))
-        interval = sys.getswitchinterval()
-        lock.acquire()
-        thread.start()
-        time.sleep(0.01)  # it waits for the lock
-        try:
-            sys.setswitchinterval(100)  # and from now on for a call that gives the interpreter's away
-            lock.release()
-            for _ in range(times):
-                call.function(*inputs)
-                if ran:
-                    return True
-            return False
-        finally:
-            sys.setswitchinterval(interval)
-            thread.join()
 
-    assert not another_runs(WITH_GIL, 50)
-    assert another_runs((64, 64, 128), 2000)
+LOCKING = {
+    "relu": relu_ext.relu,
+    "relu_": relu_ext.relu_,
+    "reglu": lambda x: relu_ext.reglu(x, x),
+    "bias_relu": lambda x: relu_ext.bias_relu(x, x, 0),
+    "relu_dropout": relu_ext.relu_dropout,
+}
+
+
+@pytest.mark.parametrize("elements, releases", [(4096, False), (1 << 20, True)], ids=["short", "long"])
+@pytest.mark.parametrize("call", LOCKING.values(), ids=LOCKING)
+def test_long_calls_release_the_interpreter_lock(call, elements, releases, endless_turns):
+    x, go, has_run = torch.ones(elements), threading.Semaphore(0), threading.Event()
+    other = threading.Thread(target=lambda: go.acquire() and has_run.set())
+    other.start()
+    go.release()
+    outputs = []  # they stay: torch may release the lock when it frees one
+    for _ in range(100):
+        outputs.append(call(x))
+        if has_run.is_set():
+            break
+    assert has_run.is_set() == releases
+    other.join()
 
 
 def test_arguments_that_another_thread_lets_go():
@@ -422,7 +428,7 @@ def test_fork_while_threads_compute():
     at_once(run, 3, meanwhile=same)
 
 
-# The end of the interpreter
+# The end of the interpreter. In place: torch gives the lock away when it frees a tensor, too, and then ends the process.
 
 COMPUTING = """
     import os, sys, threading
@@ -433,7 +439,7 @@ COMPUTING = """
     def compute(started):
         x = torch.randn(1 << 20)
         while True:
-            relu_ext.relu(x), relu_ext.elu_(x), relu_ext.bias_relu(x.view(1024, -1), x[:1024])
+            relu_ext.relu_(x), relu_ext.elu_(x)
             started.set()
 
     for _ in range(3):
