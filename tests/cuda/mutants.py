@@ -1,6 +1,4 @@
-"""Plants bugs in copies of the CUDA kernels, one each, and expects tests to fail.
-
-python mutants.py [words of a name], or --fit: only sees that each edit still fits the source, which takes no time.
+"""Plants bugs in copies of the CUDA kernels and expects tests to fail: see tests/mutation.py.
 
 A bug is an edit of csrc/, caught by the kernels' tests over the emulator or, where every result stays right, by the
 sanitizers or the check of the machine code. Without nvcc the last are left out, and it says so.
@@ -12,24 +10,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import machine_code
 from kernels import ROOT, build_library, environment, pytest_command
-from rich.console import Console
-from rich.table import Table
+
+sys.path.append(str(ROOT / "tests"))
+import mutation
 
 KERNELS, LAUNCHERS, MATHS = "cuda/kernels.cuh", "cuda/kernels.cu", "activations.h"
 GATED, CHANNELS, SUMS, FUSED = "cuda/gated.cuh", "cuda/channels.cuh", "cuda/sums.cuh", "cuda/fused.cuh"
 MONITOR = "cuda/monitor.cuh"
 LAUNCH, LAUNCH_CHANNELS = "cuda/launch.cuh", "cuda/launch_channels.cuh"
 ONE_ORDER = "not backward and not shuffled"  # of threads: a third of the time
-TESTS_FAILED = 1  # pytest's exit status; others, but for signals, are errors of its own
 
 
 def by_tests(csrc: Path, variant: str = "plain", words: str = ONE_ORDER) -> str | None:
@@ -38,15 +34,8 @@ def by_tests(csrc: Path, variant: str = "plain", words: str = ONE_ORDER) -> str 
     library = build_library(variant, csrc.parent / "kernels.so", csrc, flags)
     command = pytest_command("-x", "--tb=no", "-p", "no:cacheprovider", "-k", words)
     process = subprocess.run(command, env=environment(variant, library), cwd=ROOT, capture_output=True, text=True)
-    if process.returncode == 0:
-        return None
-    if said := re.search(r"CUDA emulator: .*|AddressSanitizer: [\w-]+|runtime error: .*", process.stderr):
-        return said[0]
-    if process.returncode < 0:
-        return f"signal {-process.returncode}"
-    if process.returncode != TESTS_FAILED:
-        raise SystemExit(process.stdout + process.stderr)
-    return re.search(r"^FAILED .*::(\w+)", process.stdout, re.MULTILINE)[1]
+    said = re.search(r"CUDA emulator: .*|AddressSanitizer: [\w-]+|runtime error: .*", process.stderr)
+    return said[0] if process.returncode and said else mutation.failure(process)
 
 
 def by_sanitizers(csrc: Path) -> str | None:
@@ -75,21 +64,8 @@ def by_machine_code(csrc: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Mutant:
-    """One bug: what it is, and the edit that makes it."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    caught: Callable = by_tests
-
-    def plant(self, csrc: Path) -> None:
-        file = csrc / self.file
-        text = file.read_text()
-        if text.count(self.old) != 1:
-            raise SystemExit(f"{self.name}: {self.file} has this {text.count(self.old)} times, not once:\n{self.old}")
-        file.write_text(text.replace(self.old, self.new))
+class Mutant(mutation.Mutant):
+    caught: Callable[[Path], str | None] = by_tests
 
 
 MUTANTS = [
@@ -310,57 +286,21 @@ MUTANTS = [
 ]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    mutant: Mutant
-    caught: str | None
-    seconds: float
-
-
 @contextmanager
-def planted(mutant: Mutant) -> Iterator[Path]:
-    """A copy of csrc/ with the bug."""
+def copied() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        csrc = Path(folder) / "csrc"
-        shutil.copytree(ROOT / "csrc", csrc)
-        mutant.plant(csrc)
-        yield csrc
+        yield Path(shutil.copytree(ROOT / "csrc", Path(folder) / "csrc"))
 
 
-def judge(mutant: Mutant) -> Verdict:
-    start = time.monotonic()
-    with planted(mutant) as csrc:
-        return Verdict(mutant, mutant.caught(csrc), time.monotonic() - start)
-
-
-def print_table(verdicts: list[Verdict]) -> None:
-    table = Table("bug", "in", "caught by", "seconds")
-    for verdict in verdicts:
-        caught = verdict.caught or "[bold red]nothing"
-        table.add_row(verdict.mutant.name, verdict.mutant.file, caught, f"{verdict.seconds:.0f}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def fit() -> int:
-    for mutant in MUTANTS:
-        with planted(mutant):
-            pass
-    print(f"{len(MUTANTS)} planted bugs fit the source")
-    return 0
-
-
-def main(word: str = "") -> int:
-    mutants = [mutant for mutant in MUTANTS if word in mutant.name]
+def main(pattern: str = "") -> int:
+    if pattern == "--fit":
+        return mutation.fit(MUTANTS, ROOT / "csrc")
+    mutants = mutation.matching(MUTANTS, pattern)
     if not machine_code.find_nvcc():
         print("no nvcc: bugs that only machine code shows are left out")
         mutants = [mutant for mutant in mutants if mutant.caught is not by_machine_code]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = list(pool.map(judge, mutants))
-    print_table(verdicts)
-    survivors = sum(verdict.caught is None for verdict in verdicts)
-    print(f"{len(verdicts)} bugs planted, {survivors} not caught")
-    return 1 if survivors or not verdicts else 0
+    return mutation.run(mutants, copied, os.cpu_count())
 
 
 if __name__ == "__main__":
-    sys.exit(fit() if sys.argv[1:] == ["--fit"] else main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))
