@@ -1,5 +1,7 @@
 """Fixtures that every test shares: each operation, device and instruction set in turn."""
 
+import gc
+
 import operations
 import pytest
 import torch
@@ -50,6 +52,15 @@ def numbers_and_tolerance_of_the_row(request, monkeypatch):
         places = [*kinds, *(kind + len(operations.SPECIAL) for kind in kinds)]
         monkeypatch.setattr(operations, "special_values", lambda dtype: values(dtype)[places])
         monkeypatch.setattr(operations, "ULPS", operation.ulps)
+
+
+@pytest.fixture
+def no_garbage_collection():
+    """What is freed then is freed by reference counts alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(params=DEVICES)

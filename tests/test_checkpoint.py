@@ -5,7 +5,19 @@ import functools
 
 import pytest
 import torch
-from composing import Watch, assert_all_same, error_of, leaf, numbers, output_and_gradient, over_forms
+from composing import (
+    Watch,
+    assert_all_same,
+    assert_refused,
+    error_of,
+    leaf,
+    numbers,
+    output_and_gradient,
+    over_forms,
+    over_unpacked,
+    over_wrong,
+    unpacking,
+)
 from operations import REPRESENTATIVE, assert_same, kept_by
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,14 +77,18 @@ def test_hooks_that_raise(operation, device):
     assert input.grad is None
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(3, dtype=torch.uint8), torch.ones(2, 1).byte(), None])
+@over_wrong
 def test_hooks_that_unpack_something_else(operation, device, wrong):
-    """An error, never memory beyond the bits."""
-    with saved_tensors_hooks(lambda x: x, lambda x: wrong):
-        output = operation.function(leaf(9, device=device))
-    for grad in (torch.ones(9, device=device), torch.ones(1, device=device).expand(9)):
-        with pytest.raises((RuntimeError, TypeError)):
-            output.backward(grad, retain_graph=True)
+    assert_refused(operation.function, [leaf(9, device=device)], wrong)
+
+
+@over_unpacked
+@pytest.mark.parametrize("operation", [row for row in ROWS if not row.keep], ids=str)
+def test_hooks_that_unpack_another_layout_or_dtype(operation, device, change):
+    input = numbers(2, 3, 5, 7, device=device).to(memory_format=torch.channels_last)
+    with unpacking(change):
+        results = [output_and_gradient(f, input) for f in (operation.function, operation.definition)]
+    assert_all_same(*results)
 
 
 def test_hooks_disabled(operation, device):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from composing import Watch, error_of
+from composing import WRONG, Watch, assert_refused, error_of
 from operations import DTYPES, assert_same, kept_by, mixed_values, packed
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -303,6 +303,21 @@ def test_compile(device):
     torch.testing.assert_close(gradient, (output != 0) / 0.7)
 
 
+def test_compiled_autograd_of_another_p(device):
+    """The graph that was captured first must not serve it."""
+    for p in (0.5, 0.75):
+        input = positive(300, device=device).requires_grad_()
+        output = dropped(input, p)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            output.sum().backward()
+        torch.testing.assert_close(input.grad, (output != 0) / (1 - p))
+
+
+def test_hooks_that_unpack_something_else(device):
+    for wrong in WRONG:
+        assert_refused(dropped, [positive(9, device=device)], wrong)
+
+
 def test_transforms(device):
     """As torch's: random by way of randomness=, the gradient of whatever mask."""
     input = positive(5, 1000, device=device)
@@ -342,6 +357,7 @@ def test_operator(device):
     assert_same(torch.autograd.grad(output.sum(), leaf)[0], 2.0 * (output != 0))
     with pytest.raises(TypeError, match="expected float32"):
         operator(torch.ones(3, dtype=torch.int32, device=device), 0.5)
+    assert torch.Tag.nondeterministic_seeded in operator.default.tags  # compilers then do not merge or repeat it
     meta = operator(torch.empty(5, 7, device="meta"), 0.5)
     assert [x.shape for x in meta] == [(5, 7), (5,)]
 

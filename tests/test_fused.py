@@ -1,13 +1,14 @@
 """ReLU fused with its neighbours: torch's values and gradients in any layout; what is kept; how they compose."""
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from composing import Watch, error_of
+from composing import Watch, assert_refused, error_of, over_unpacked, over_wrong, unpacking
 from operations import DTYPES, assert_same, kept_by, mixed_values, packed
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -569,6 +570,17 @@ def test_compiled_autograd(device, row):
     torch.testing.assert_close([x.grad for x in leaves], list(eager[1:]))
 
 
+def test_compiled_autograd_of_another_dimension(device):
+    """The graph that was captured first must not serve it."""
+    inputs = BIAS.inputs(maker(moderate, device=device), (4, 4))
+    grad = moderate(4, 4, device=device, seed=9)
+    for dim in (0, 1):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", dynamic=False)):
+            relu_ext.bias_relu(*leaves, dim=dim).backward(grad)
+        torch.testing.assert_close([x.grad for x in leaves], list(results(biased, inputs, grad, dim=dim)[1:]))
+
+
 @over_all
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_script_and_trace(device, row):
@@ -613,6 +625,35 @@ def test_deepcopied_and_saved_tensor_hooks(device, row):
         assert torch.equal(a, b)
 
 
+@over_all
+@over_unpacked
+def test_hooks_that_unpack_another_layout_or_dtype(device, row, change):
+    make = maker(moderate, device=device)
+    inputs = row.inputs(make, (4, 6, 5, 7), lay_out=LAYOUTS["channels last"])
+    grad = make(*row.ours(*inputs).shape, seed=9)
+    expected = results(row.ours, inputs, grad)
+    with unpacking(change):
+        torch.testing.assert_close(results(row.ours, inputs, grad), expected)
+
+
+@over_all
+@over_wrong
+def test_hooks_that_unpack_something_else(device, row, wrong):
+    assert_refused(row.ours, row.inputs(maker(moderate, device=device), (4, 7)), wrong)
+
+
+@over_all
+def test_graph_is_freed(device, row, no_garbage_collection):
+    for with_backward in (False, True):
+        inputs = [x.requires_grad_() for x in row.inputs(maker(moderate, device=device), (4, 6))]
+        output = row.ours(*inputs)
+        if with_backward:
+            output.sum().backward()
+        references = [weakref.ref(tensor) for tensor in (output, *inputs)]
+        del inputs, output
+        assert [reference() for reference in references] == [None] * len(references)
+
+
 # linear_relu
 
 
@@ -650,10 +691,11 @@ def test_linear_relu_left_to_torch(device):
         assert_same(relu_ext.linear_relu(*inputs), linear(*inputs))
 
 
-def test_linear_relu_output_changed_before_backward_is_noticed(device):
-    inputs = [x.requires_grad_() for x in LINEAR.inputs(maker(moderate, device=device), (4, 6))]
+@pytest.mark.parametrize("changed", ["input", "weight", "output"])
+def test_linear_relu_what_is_changed_before_backward_is_noticed(device, changed):
+    inputs = [x.requires_grad_() * 1 for x in LINEAR.inputs(maker(moderate, device=device), (4, 6))]
     output = relu_ext.linear_relu(*inputs)
-    output.add_(1)
+    dict(zip(("output", "input", "weight"), (output, *inputs), strict=False))[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
 

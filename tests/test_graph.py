@@ -1,6 +1,5 @@
 """What accompanies a graph: its nodes and their hooks, its life, the profiler, anomaly mode, threads."""
 
-import gc
 import threading
 import weakref
 
@@ -21,15 +20,6 @@ from operations import REPRESENTATIVE, assert_same
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = REPRESENTATIVE
-
-
-@pytest.fixture
-def no_garbage_collection():
-    """What is freed then is freed by reference counts alone."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 # Nodes, edges and hooks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from composing import Watch, assert_near_sum, error_of
+from composing import Watch, assert_near_sum, assert_refused, error_of, over_unpacked, over_wrong, unpacking
 from operations import DTYPES, assert_same, kept_by, mixed_values, packed
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -76,6 +76,7 @@ LEFT_TO_TORCH = {
     "other strides": lambda make: (make(5, 7), make(7, 5, seed=1).t()),
     "expanded": lambda make: (make(5, 1).expand(5, 7), make(5, 7, seed=1)),
     "every other column": lambda make: (make(5, 14)[:, ::2], make(5, 14, seed=1)[:, ::2]),
+    "expanded between": lambda make: (make(3, 1, 7).expand(3, 4, 7), make(3, 4, 7, seed=1)),
     "rows of two strides": lambda make: (make(4, 4, 7)[:, :3], make(4, 3, 7, seed=1)),
     "mixed dtypes": lambda make: (make(5, 7), make(5, 7, seed=1).double()),
 }
@@ -197,6 +198,20 @@ def test_prelu_special_values(device, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prelu_weight_where_a_number_is_nan(device, dtype, isa):
+    """The gradient of its channel is, no other."""
+    input = moderate(12, 7, 19, dtype=dtype, device=device)
+    input[5, 3, 2] = torch.nan
+    (gradient,) = results(relu_ext.prelu, input, weights(input, one=False), needs=(False, True))[1:]
+    assert gradient.isnan().tolist() == [channel == 3 for channel in range(7)]
+
+
+def test_prelu_weight_with_gaps(device):
+    input, weight = moderate(5, 7, 3, device=device), moderate(14, device=device, seed=1)[::2]
+    assert_all_same(*(results(f, input, weight) for f in (relu_ext.prelu, F.prelu)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9, 5, 77), (300, 7), (3, 5, 200, 100)], ids=str)
 def test_prelu_with_a_frozen_weight_keeps_bits(device, dtype, shape, isa):
     input = numbers(*shape, dtype=dtype, device=device)
@@ -290,7 +305,7 @@ def reglu_inputs(device, dtype=torch.float32):
 
 
 def prelu_inputs(device, dtype=torch.float32):
-    return moderate(4, 6, dtype=dtype, device=device), moderate(6, dtype=dtype, device=device, seed=1)
+    return moderate(4, 6, 2, dtype=dtype, device=device), moderate(6, dtype=dtype, device=device, seed=1)
 
 
 PAIRS = {"reglu": (relu_ext.reglu, gated, reglu_inputs), "prelu": (relu_ext.prelu, F.prelu, prelu_inputs)}
@@ -373,6 +388,26 @@ def test_inputs_changed_before_backward_are_noticed(device, ours, theirs, build,
     inputs[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@over_pairs
+@over_unpacked
+def test_hooks_that_unpack_another_layout_or_dtype(device, ours, theirs, build, change):
+    if ours is relu_ext.prelu and change is torch.Tensor.double:
+        pytest.skip("torch's kernel takes no two dtypes")
+    first, second = build(device)
+    laid_out = lay_backwards(first), second if ours is relu_ext.prelu else lay_backwards(second)
+    for inputs in ((first, second), laid_out):
+        for needs in ((True, True), (True, False), (False, True)):
+            expected = results(theirs, *inputs, needs=needs)
+            with unpacking(change):
+                torch.testing.assert_close(results(ours, *inputs, needs=needs), expected)
+
+
+@over_pairs
+@over_wrong
+def test_hooks_that_unpack_something_else(device, ours, theirs, build, wrong):
+    assert_refused(ours, build(device), wrong)
 
 
 @over_pairs
