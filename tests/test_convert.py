@@ -282,9 +282,11 @@ def test_shallow_copies_do_not_share_what_is_remembered():
     module = nn.ReLU()
     relu_ext.convert(module)
     other = copy.copy(module)
+    module.activation, other.activation = F.relu, relu_ext.relu
+    relu_ext.convert(module)
     relu_ext.revert(module)
-    assert type(other) is relu_ext.ReLU
-    assert relu_ext.revert(other) and type(other) is nn.ReLU
+    assert type(other) is relu_ext.ReLU and module.activation is F.relu
+    assert relu_ext.revert(other) and type(other) is nn.ReLU and other.activation is relu_ext.relu
 
 
 def test_state_dict_goes_both_ways():

@@ -321,6 +321,8 @@ def test_batch_norm(norm, affine):
     theirs = copy.deepcopy(ours)
     assert relu_ext.fuse(ours).keys() == {"1"}
     assert_results(ours, theirs, torch.randn(3, 4, *[5] * dims), exact=False)
+    ours[0].eps = theirs[0].eps = 0.5
+    assert_results(ours, theirs, torch.randn(3, 4, *[5] * dims), exact=False)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
