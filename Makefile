@@ -1,6 +1,8 @@
 # make bench        builds all it needs and runs the benchmark        make test    the same for the tests
 # make check        style, and the CUDA kernels proved without a GPU   make format  applies the style
-# make check-all    the same for every GPU that nvcc knows, planted bugs, the portable CPU kernels on x86-64 and aarch64
+# make check-all    the same for every GPU that nvcc knows, bugs planted in the CUDA kernels, the portable CPU kernels on
+#                   x86-64 and aarch64
+# make mutants      bugs planted in kernels, graph code and Python, which the tests must catch: two hours
 # make fuzz         tests/test_properties.py with other examples each time, for MINUTES (10)
 # make sanitize     the tests with sanitizers in the extension           make leaks   100,000 calls of each operation
 # make clean        removes what was built
@@ -47,8 +49,8 @@ SETUPTOOLS := 70.1.0
 # Tests run in as many processes, where there is what that takes.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
-.PHONY: test fuzz leaks sanitize bench build check check-style check-cuda check-portable check-all cuda-build package compat
-.PHONY: gpu format clean
+.PHONY: test fuzz leaks sanitize bench build check check-style check-cuda check-mutants check-portable check-all mutants
+.PHONY: mutants-cuda cuda-build package compat gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 
@@ -76,8 +78,7 @@ $(BUILT): $(SOURCES) $(READY)
 
 ONE_ORDER := -k 'not backward and not shuffled'
 SAMPLED := -p sample --one-in 4
-MUTANTS := --fit
-check: check-style check-cuda
+check: check-style check-cuda check-mutants
 
 check-style: .venv-check/ready
 	$(CHECK)/ruff check .
@@ -86,15 +87,24 @@ check-style: .venv-check/ready
 
 # The kernels in emulation, alone and, one test in four, under sanitizers (with threads in one order: all touch the same
 # memory); their machine code; and one in four of the tests of the whole extension, on a pretended device. What needs nvcc
-# says so where there is none. All of these tests, and bugs planted to try them, are for check-all: here the bugs must
-# only fit the source.
+# says so where there is none. All of these tests are for check-all.
 check-cuda: .venv-check/ready $(BUILT)
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
 	$(CHECK)/python tests/cuda/kernels.py plain -n 2
 	PYTHONPATH=tests $(CHECK)/python tests/cuda/kernels.py sanitized -n 2 $(ONE_ORDER) $(SAMPLED)
 	$(CHECK)/python tests/cuda/machine_code.py $(ARCHS)
-	$(CHECK)/python tests/cuda/mutants.py $(MUTANTS)
 	PYTHONPATH=tests $(PY) tests/cuda/pretend/run.py $(WORKERS) $(SAMPLED)
+
+# Bugs planted to try the tests take longer than all of that: here they must only fit the source.
+check-mutants: .venv-check/ready
+	$(CHECK)/python tests/cuda/mutants.py --fit
+	$(CHECK)/python tests/mutants.py --fit
+
+mutants: mutants-cuda
+	$(PY) tests/mutants.py
+
+mutants-cuda: .venv-check/ready
+	$(CHECK)/python tests/cuda/mutants.py
 
 # What g++ makes of the kernels without their instruction sets, for this processor and another: three minutes.
 check-portable: .venv-check/ready
@@ -103,8 +113,7 @@ check-portable: .venv-check/ready
 check-all: ARCHS := all
 check-all: ONE_ORDER :=
 check-all: SAMPLED :=
-check-all: MUTANTS :=
-check-all: check check-portable
+check-all: check mutants-cuda check-portable
 
 # Of what the compiler can see. Its build takes six minutes of one core, the first time.
 sanitize: $(READY)

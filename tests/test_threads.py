@@ -428,7 +428,7 @@ def test_fork_while_threads_compute():
     at_once(run, 3, meanwhile=same)
 
 
-# The end of the interpreter. In place: torch gives the lock away when it frees a tensor, too, and then ends the process.
+# The end of the interpreter. In place: torch gives the lock away when it frees a tensor, and may then end the process.
 
 COMPUTING = """
     import os, sys, threading
