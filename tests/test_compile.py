@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from composing import assert_all_same, in_place, leaf, node_name, numbers, output_and_gradient, over_forms
 from operations import RELU, REPRESENTATIVE, assert_same
 from torch._dynamo import compiled_autograd
@@ -9,6 +10,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
+import relu_ext
 from relu_ext import ReLUFunction
 
 ROWS = REPRESENTATIVE
@@ -304,6 +306,16 @@ def test_compiled_autograd_of_other_dtypes(operation, device, dtype):
     input = numbers(5, 7, device=device, dtype=dtype)
     results = captured(output_and_gradient, operation.function, input)[0]
     assert_all_same(results, output_and_gradient(operation.definition, input))
+
+
+@pytest.mark.parametrize("ours, theirs", [(relu_ext.leaky_relu, F.leaky_relu), (relu_ext.elu, F.elu)])
+def test_compiled_autograd_of_another_scalar(device, ours, theirs):
+    """The graph that was captured first must not serve it."""
+    input = torch.linspace(-2, 2, 9, device=device)
+    for scalar in (0.25, 0.75):
+        result, _ = captured(gradient, lambda x, scalar=scalar: ours(x, scalar), input)
+        expected = gradient(lambda x, scalar=scalar: theirs(x, scalar), input)
+        torch.testing.assert_close(result, expected, equal_nan=True)
 
 
 def test_compiled_autograd_of_one_input(operation, device):

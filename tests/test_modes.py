@@ -330,6 +330,15 @@ def test_normal_tensor_in_inference_mode(operation, device):
     assert error_of(ours[0].sum().backward) == error_of(theirs[0].sum().backward)
 
 
+def test_below_autograd(operation, device):
+    """As in another operator's kernel: nothing is recorded."""
+    input = leaf(5, 7, device=device)
+    with torch._C._AutoDispatchBelowAutograd():
+        ours, theirs = operation.function(input), operation.definition(input)
+    assert_same(ours, theirs)
+    assert ours.requires_grad == theirs.requires_grad and ours.grad_fn is None
+
+
 def test_grad_mode_switched_off_in_between(operation, device):
     input = leaf(9, device=device)
     with torch.set_grad_enabled(False):

@@ -94,6 +94,28 @@ def only_count(x):
     return fraction * x.numel() / row.channels
 
 
+class Exchanged(nn.Module):
+    """The tensor that its ReLU gives has other memory afterwards."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        output = relu_ext.relu(x)
+        output.data = self.change(output.data)
+        return output
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: torch.cat([x, x])]
+)
+def test_memory_that_was_exchanged(change):
+    """The bits are of what was there before."""
+    row, _ = watch(Exchanged(change), numbers(4, 5, 6, 7).requires_grad_(), also="")
+    assert row.channels == 0 and "neither bits" in row.note
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2])
 def test_any_dimension(dim):
     x = numbers(3, 4, 5, 6).permute(2, 0, 3, 1).requires_grad_()
@@ -310,6 +332,13 @@ def test_outputs_that_are_not_finite(device, isa, dtype, value):
             x[137, 2] = value
         model(x.requires_grad_())
     assert [row.nonfinite for row in monitor.layers()] == [3, None if value < 0 else 3]
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_number_among_many_is_not_finite(device, threads, place):
+    x = torch.ones(1 << 17, device=device)
+    x[place] = torch.nan
+    assert watch(relu_ext.ReLU(), x)[0].nonfinite == 1
 
 
 def test_gradients_that_are_not_finite(device):

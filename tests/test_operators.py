@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from operations import DTYPES, OPERATIONS, REPRESENTATIVE, assert_same, mixed_values, packed
 from torch._subclasses import FakeTensorMode
 
@@ -256,6 +257,16 @@ def test_operators_differentiate(operation, device):
     assert_same(first.detach(), operation.masked(grad, keep).detach())
     second = torch.randn(7, 5, dtype=torch.float64, device=device)
     assert_same(torch.autograd.grad(first, grad, second)[0], operation.masked(second, keep))
+
+
+def test_operators_have_no_forward_mode(operation, device):
+    """They say so rather than drop the tangent."""
+    numbers = torch.randn(9, device=device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(numbers, numbers)
+        for call in (operation.forward, lambda x: operation.backward(x, byte(device, 255, 1), [1])):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                call(dual)
 
 
 @pytest.mark.parametrize("stride", [(7, 1), (1, 5)], ids=["contiguous", "transposed"])
