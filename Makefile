@@ -37,7 +37,7 @@ ifneq ($(shell $(PY) -c 'import relu_ext' 2>/dev/null && echo yes),yes)
 endif
 
 SOURCES := setup.py $(shell find csrc -type f)
-STYLED := $(filter csrc/%,$(SOURCES)) $(shell find tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+STYLED := $(filter-out %.map,$(filter csrc/%,$(SOURCES))) $(shell find tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # pip's packages for `check`; nvdisasm reads the machine code that nvcc makes.
 CHECKERS := ruff==0.17.5 clang-format==23.1.5 nvidia-cuda-nvdisasm==13.5.37 \
   $(shell grep -E '^(numpy|pytest|pytest-xdist|rich)==' requirements.txt)

@@ -535,8 +535,8 @@ MUTANTS = [
     Mutant(
         "what was kept may have any shape",
         AUTOGRAD,
-        "TORCH_CHECK(value.sym_sizes() == grad.sym_sizes(),",
-        "TORCH_CHECK(true,",
+        "  launch::check_kept(grad, value);\n",
+        "",
         By("test_checkpoint.py", "unpack_something_else"),
     ),
     Mutant(
@@ -690,15 +690,15 @@ MUTANTS = [
     Mutant(
         "bits with gaps",
         LAUNCH,
-        "bits_fit && bits.is_contiguous() &&",
-        "bits_fit &&",
+        "bits.is_contiguous() && bits.device()",
+        "bits.device()",
         By("test_operators.py", "wrong_bits"),
     ),
     Mutant(
         "vectors with gaps",
         FUSED,
-        "vector.dim() == 1 && vector.is_contiguous() &&",
-        "vector.dim() == 1 &&",
+        "vector->dim() != 1 || !vector->is_contiguous() ||",
+        "vector->dim() != 1 ||",
         By("test_fused.py", "left_to_torch"),
     ),
     Mutant(
@@ -767,28 +767,28 @@ MUTANTS = [
     Mutant(
         "what prelu has kept may have any layout",
         PRELU,
-        "|| launch::is_as_kept(kept, grad, stride)",
-        "|| true",
+        "else if (!launch::lies_as_kept(grad, kept, stride))",
+        "else if (false)",
         By("test_two_tensors.py", "hooks_that_unpack"),
     ),
     Mutant(
         "what a fused operation has kept may have any layout",
         FUSED,
-        "return !input.defined() || launch::is_as_kept(",
-        "return true || launch::is_as_kept(",
+        "return !kept.input.defined() || launch::lies_as_kept(",
+        "return true || launch::lies_as_kept(",
         By("test_fused.py", "hooks_that_unpack"),
     ),
     Mutant(
         "what linear_relu has kept may have any size",
         LINEAR,
-        "output.sizes() == grad.sizes() &&",
+        "  launch::check_kept(grad, output);\n",
         "",
-        By("test_fused.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and linear"),
     ),
     Mutant(
         "dropout's bits are not looked at",
         DROPOUT,
-        "  launch::check_bits(grad, bits, stride);\n",
+        "  launch::check_backward(grad, bits, keeping.stride);\n",
         "",
         By("test_dropout.py", "hooks_that_unpack"),
     ),
@@ -816,8 +816,8 @@ MUTANTS = [
     Mutant(
         "what reglu has kept may have any layout",
         REGLU,
-        "gate.sizes() == grad.sizes() && fit(gate, up) &&",
-        "gate.sizes() == grad.sizes() &&",
+        "kept.scalar_type() == grad.scalar_type() && fit(gate, kept);",
+        "kept.scalar_type() == grad.scalar_type();",
         By("test_two_tensors.py", "hooks_that_unpack"),
     ),
     # Operators
