@@ -81,10 +81,13 @@ Tensor in_layout(const Tensor& tensor, at::IntArrayRef stride) {
 
 void check_memory(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = tensor.storage_offset();
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-  const size_t bytes = tensor.storage().nbytes();
-  TORCH_CHECK(bytes / tensor.itemsize() > size_t(last), "relu_ext: the storage of a tensor of shape ", tensor.sizes(),
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  const size_t bytes = tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes();
+  size_t needed;  // multiplied: a division takes longer than all else here
+  const bool overflows = __builtin_mul_overflow(size_t(last) + 1, tensor.itemsize(), &needed);
+  TORCH_CHECK(!overflows && needed <= bytes, "relu_ext: the storage of a tensor of shape ", tensor.sizes(),
               " has been resized to ", bytes, " bytes, which are less than its elements take");
 }
 
