@@ -14,6 +14,7 @@ LEFT_OUT = {
     r"^test_inductor_fuses_it_with_its_neighbours": "Inductor writes Triton for a GPU, and there is nothing to run it",
     r"^test_strided_nested_tensor": "torch's strided nested tensors have kernels of their own, which a CPU build lacks",
     r"^test_gradient_that_torch_refuses.*sparse": "so have its sparse tensors",
+    r"^test_grads_of_any_kind": "sparse gradients are among these",
     r"^test_.*generator": "torch.Generator has no pretended device",
     r"threshold\(0.*float16": "ATen on CUDA rounds the threshold to 16 bits; the CPU's, here, does not",
 }
