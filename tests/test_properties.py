@@ -115,6 +115,14 @@ def assert_same_gradients(found, expected):
             assert_same(ours, theirs)
 
 
+def assert_all_same(both):
+    """Of what results() gives."""
+    if both:
+        found, expected = both
+        assert_same(found.output, expected.output)
+        assert_same_gradients(found, expected)
+
+
 def same(ours, theirs):
     return (ours == theirs) | (ours.isnan() & theirs.isnan())
 
@@ -456,10 +464,7 @@ def test_reglu(operands, needs, where):
     inputs = halves_of(gate, up) if halves else (gate, up)
     with where():
         both = results(relu_ext.reglu, gated, inputs, needs, grad)
-    if both:
-        found, expected = both
-        assert_same(found.output, expected.output)
-        assert_same_gradients(found, expected)
+    assert_all_same(both)
 
 
 @st.composite
@@ -480,10 +485,7 @@ def test_linear_relu(operands, needs, where):
     inputs, grad = [view.build() for view in inputs], grad.build()
     with where():
         both = results(relu_ext.linear_relu, relu_ext.linear_relu.__wrapped__, inputs, needs[: len(inputs)], grad)
-    if both:
-        found, expected = both
-        assert_same(found.output, expected.output)
-        assert_same_gradients(found, expected)
+    assert_all_same(both)
 
 
 # Dropout
