@@ -9,8 +9,8 @@ import faulthandler
 import sys
 
 import torch
+from calls import UNFROZEN
 from operations import DTYPES
-from sized_calls import CALLS, run
 from torch import Tensor
 
 import relu_ext
@@ -35,21 +35,21 @@ def main(place: str) -> None:
         _C.set_isa(isa)
         for dtype in DTYPES:
             for n in LENGTHS:
-                for call in CALLS:
-                    count += check(place, isa, dtype, n, call)
+                for name, call in UNFROZEN.items():
+                    for shape in call.sizes(n):
+                        count += check(place, isa, dtype, shape, name, call)
     print(f"{count} calls")
 
 
-def check(place, isa, dtype, n, call) -> int:
-    def make(*shape):
-        return torch.full(shape, 0.5, dtype=dtype)
+def check(place, isa, dtype, shape, name, call) -> int:
+    def make(*own):
+        return torch.full(own, 0.5, dtype=dtype)
 
-    number = 1 << len(call.inputs(make, n))
-    for needs in range(number):
-        print(f"{call}, {n} of {dtype}, {isa}, gradients {needs:b}", flush=True)
-        for tensor in run(call, make, n, needs):
+    for choice in range(call.choices()):
+        print(f"{name}, {shape} of {dtype}, {isa}, gradients {choice:b}", flush=True)
+        for tensor in call.run(make, shape, choice):
             assert tensor is None or lies_at_guard(tensor, place)
-    return number
+    return call.choices()
 
 
 if __name__ == "__main__":
