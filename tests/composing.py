@@ -64,38 +64,6 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def with_gaps(tensor):
-    return torch.stack([tensor, tensor], -1)[..., 0]
-
-
-# What hooks for saved tensors may give back: the same numbers, but not as they were.
-UNPACKED = {"contiguous": torch.Tensor.contiguous, "with gaps": with_gaps, "in float64": torch.Tensor.double}
-over_unpacked = pytest.mark.parametrize("change", UNPACKED.values(), ids=UNPACKED)
-
-
-def unpacking(change):
-    """What is kept comes back changed, but for bits."""
-    return torch.autograd.graph.saved_tensors_hooks(
-        lambda kept: kept, lambda kept: kept if kept.dtype == torch.uint8 else change(kept)
-    )
-
-
-# Nothing that any operation keeps.
-WRONG = [torch.ones(3), torch.ones(3, dtype=torch.uint8), torch.ones(2, 1).byte(), None]
-over_wrong = pytest.mark.parametrize("wrong", WRONG)
-
-
-def assert_refused(function, inputs, wrong):
-    """An error, never memory beyond what comes back."""
-    for needing in {1, len(inputs)}:
-        leaves = [input.detach().requires_grad_(i < needing) for i, input in enumerate(inputs)]
-        with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: wrong):
-            output = function(*leaves)
-            for grad in (torch.ones_like(output), output.new_ones(()).expand(output.shape)):
-                with pytest.raises((RuntimeError, TypeError, IndexError)):
-                    torch.autograd.grad(output, leaves[:needing], grad, retain_graph=True)
-
-
 def in_place(operation):
     return lambda input: operation.function_(input * 1), lambda input: operation.definition_(input * 1)
 

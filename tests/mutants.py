@@ -537,21 +537,21 @@ MUTANTS = [
         AUTOGRAD,
         "  launch::check_kept(grad, value);\n",
         "",
-        By("test_checkpoint.py", "unpack_something_else"),
+        By("test_faults.py", "hooks_that_unpack and relu_squared"),
     ),
     Mutant(
         "what was kept may have any layout",
         AUTOGRAD,
         "grad.scalar_type() != value.scalar_type() ||\n      !value.is_non_overlapping_and_dense())",
         "grad.scalar_type() != value.scalar_type())",
-        By("test_checkpoint.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and (elu or selu)"),
     ),
     Mutant(
         "what was kept may have any dtype",
         AUTOGRAD,
         "grad.scalar_type() != value.scalar_type() ||\n",
         "\n",
-        By("test_checkpoint.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and (elu or selu)"),
     ),
     Mutant(
         "elu in place has a gradient for a negative alpha",
@@ -769,14 +769,14 @@ MUTANTS = [
         PRELU,
         "else if (!launch::lies_as_kept(grad, kept, stride))",
         "else if (false)",
-        By("test_two_tensors.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and prelu"),
     ),
     Mutant(
         "what a fused operation has kept may have any layout",
         FUSED,
         "return !kept.input.defined() || launch::lies_as_kept(",
         "return true || launch::lies_as_kept(",
-        By("test_fused.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and scale_shift"),
     ),
     Mutant(
         "what linear_relu has kept may have any size",
@@ -790,7 +790,7 @@ MUTANTS = [
         DROPOUT,
         "  launch::check_backward(grad, bits, keeping.stride);\n",
         "",
-        By("test_dropout.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and dropout"),
     ),
     Mutant(
         "rows that are expanded",
@@ -818,7 +818,7 @@ MUTANTS = [
         REGLU,
         "kept.scalar_type() == grad.scalar_type() && fit(gate, kept);",
         "kept.scalar_type() == grad.scalar_type();",
-        By("test_two_tensors.py", "hooks_that_unpack"),
+        By("test_faults.py", "hooks_that_unpack and reglu"),
     ),
     # Operators
     Mutant(

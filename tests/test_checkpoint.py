@@ -8,15 +8,11 @@ import torch
 from composing import (
     Watch,
     assert_all_same,
-    assert_refused,
     error_of,
     leaf,
     numbers,
     output_and_gradient,
     over_forms,
-    over_unpacked,
-    over_wrong,
-    unpacking,
 )
 from operations import REPRESENTATIVE, assert_same, kept_by
 from torch.autograd.graph import saved_tensors_hooks
@@ -75,20 +71,6 @@ def test_hooks_that_raise(operation, device):
     with pytest.raises(ValueError, match="refused"):
         output.sum().backward()
     assert input.grad is None
-
-
-@over_wrong
-def test_hooks_that_unpack_something_else(operation, device, wrong):
-    assert_refused(operation.function, [leaf(9, device=device)], wrong)
-
-
-@over_unpacked
-@pytest.mark.parametrize("operation", [row for row in ROWS if not row.keep], ids=str)
-def test_hooks_that_unpack_another_layout_or_dtype(operation, device, change):
-    input = numbers(2, 3, 5, 7, device=device).to(memory_format=torch.channels_last)
-    with unpacking(change):
-        results = [output_and_gradient(f, input) for f in (operation.function, operation.definition)]
-    assert_all_same(*results)
 
 
 def test_hooks_disabled(operation, device):

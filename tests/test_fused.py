@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from composing import Watch, assert_refused, error_of, over_unpacked, over_wrong, unpacking
+from composing import Watch, error_of
 from operations import DTYPES, assert_same, kept_by, mixed_values, packed
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -623,23 +623,6 @@ def test_deepcopied_and_saved_tensor_hooks(device, row):
         output = row.ours(*inputs)
     for a, b in zip(torch.autograd.grad(output.sum(), inputs), expected, strict=True):
         assert torch.equal(a, b)
-
-
-@over_all
-@over_unpacked
-def test_hooks_that_unpack_another_layout_or_dtype(device, row, change):
-    make = maker(moderate, device=device)
-    inputs = row.inputs(make, (4, 6, 5, 7), lay_out=LAYOUTS["channels last"])
-    grad = make(*row.ours(*inputs).shape, seed=9)
-    expected = results(row.ours, inputs, grad)
-    with unpacking(change):
-        torch.testing.assert_close(results(row.ours, inputs, grad), expected)
-
-
-@over_all
-@over_wrong
-def test_hooks_that_unpack_something_else(device, row, wrong):
-    assert_refused(row.ours, row.inputs(maker(moderate, device=device), (4, 7)), wrong)
 
 
 @over_all

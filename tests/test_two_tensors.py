@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from composing import Watch, assert_near_sum, assert_refused, error_of, over_unpacked, over_wrong, unpacking
+from composing import Watch, assert_near_sum, error_of
 from operations import DTYPES, assert_same, kept_by, mixed_values, packed
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -388,26 +388,6 @@ def test_inputs_changed_before_backward_are_noticed(device, ours, theirs, build,
     inputs[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
-
-
-@over_pairs
-@over_unpacked
-def test_hooks_that_unpack_another_layout_or_dtype(device, ours, theirs, build, change):
-    if ours is relu_ext.prelu and change is torch.Tensor.double:
-        pytest.skip("torch's kernel takes no two dtypes")
-    first, second = build(device)
-    laid_out = lay_backwards(first), second if ours is relu_ext.prelu else lay_backwards(second)
-    for inputs in ((first, second), laid_out):
-        for needs in ((True, True), (True, False), (False, True)):
-            expected = results(theirs, *inputs, needs=needs)
-            with unpacking(change):
-                torch.testing.assert_close(results(ours, *inputs, needs=needs), expected)
-
-
-@over_pairs
-@over_wrong
-def test_hooks_that_unpack_something_else(device, ours, theirs, build, wrong):
-    assert_refused(ours, build(device), wrong)
 
 
 @over_pairs
