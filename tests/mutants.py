@@ -70,7 +70,7 @@ OPERATORS, INSTALL, MONITOR, PYTHON = "csrc/operators.cpp", "csrc/install.cpp", 
 
 LENGTHS = By("test_values.py", "test_every_length and (relu or elu) and not offset")
 PATTERNS = By("test_values.py", "special_values_in_every_lane or every_16_bit_pattern")
-INSIDE = By("test_values.py", "reads_and_writes_stay_inside")
+INSIDE = By("test_memory.py", "no_byte_outside")
 SHARES = By("test_values.py", "sizes_that_use_more_threads")
 FUSED_LAYOUTS = By("test_fused.py", "test_layouts")
 

@@ -1,9 +1,5 @@
 """Values: torch's, whatever the length, the place in memory, the number of threads and the instruction set."""
 
-import ctypes
-import mmap
-import multiprocessing
-import sys
 import time
 
 import pytest
@@ -12,7 +8,6 @@ from operations import (
     DTYPES,
     INTEGERS,
     NOT_NAN,
-    OPERATIONS,
     REPRESENTATIVE,
     assert_same,
     kept_by,
@@ -21,9 +16,6 @@ from operations import (
     special_values,
     wide,
 )
-
-import relu_ext
-from relu_ext import _C
 
 # The loops take blocks of at most 64 elements: twice that, and a few on both sides of the second boundary.
 LENGTHS = range(2 * 64 + 4)
@@ -283,46 +275,3 @@ def test_threads_are_used(operation, threads):
     caller = time.thread_time() - caller
     others = time.process_time() - process - caller
     assert others > 0.3 * caller if threads == 2 else others < 0.1 * caller
-
-
-def own_pages(count):
-    """A byte tensor of whole pages between two pages that nobody may touch."""
-    page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, (count + 2) * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    for guard in (address, address + (count + 1) * page):
-        assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
-    return torch.frombuffer(memory, dtype=torch.uint8)[page:-page]
-
-
-def touch_only_own_pages(operation_index, isa):
-    """Every length, against the guard before it and against the guard after it: one byte too far ends the process."""
-    _C.set_isa(isa)
-    operation = OPERATIONS[operation_index]
-    pages, bits_pages = own_pages(1), own_pages(1)
-    for dtype in DTYPES:
-        memory = pages.view(dtype)
-        for length in LENGTHS[1:]:
-            for input in (memory[:length], memory[-length:]):
-                for bits in (bits_pages[: (length + 7) // 8], bits_pages[-((length + 7) // 8) :]):
-                    input.copy_(mixed_values(length, dtype, seed=length))
-                    operation.function(input)
-                    output = operation.function(input.detach().requires_grad_())
-                    output.backward(input)
-                    if operation.keep:
-                        bits.fill_(255)
-                        operation.backward(input, bits, [1])
-                    operation.function_(input)
-
-
-@representative
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect by Linux's rules")
-@pytest.mark.parametrize("isa", relu_ext.build_info()["isas_supported"])
-def test_reads_and_writes_stay_inside(operation, isa):
-    process = multiprocessing.get_context("spawn").Process(
-        target=touch_only_own_pages, args=(OPERATIONS.index(operation), isa)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 0
