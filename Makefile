@@ -49,8 +49,8 @@ SETUPTOOLS := 70.1.0
 # Tests run in as many processes, where there is what that takes.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
-.PHONY: test fuzz leaks sanitize bench build check check-style check-cuda check-mutants check-portable check-all mutants
-.PHONY: mutants-cuda cuda-build package compat gpu format clean
+.PHONY: test fuzz leaks sanitize bench build check check-style check-mutants check-kernels check-machine-code check-device
+.PHONY: check-portable check-all mutants mutants-cuda cuda-build package compat gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 
@@ -78,21 +78,26 @@ $(BUILT): $(SOURCES) $(READY)
 
 ONE_ORDER := -k 'not backward and not shuffled'
 SAMPLED := -p sample --one-in 4
-check: check-style check-cuda check-mutants
+check: check-device check-kernels check-machine-code check-style check-mutants
 
 check-style: .venv-check/ready
 	$(CHECK)/ruff check .
 	$(CHECK)/ruff format --check .
 	$(CHECK)/clang-format --dry-run -Werror $(STYLED)
 
-# The kernels in emulation, alone and, one test in four, under sanitizers (with threads in one order: all touch the same
-# memory); their machine code; and one in four of the tests of the whole extension, on a pretended device. What needs nvcc
-# says so where there is none. All of these tests are for check-all.
-check-cuda: .venv-check/ready $(BUILT)
+# The CUDA kernels in emulation, alone and, one test in four, under sanitizers (with threads in one order: all touch the
+# same memory). All of these tests are for check-all.
+check-kernels: .venv-check/ready
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
 	$(CHECK)/python tests/cuda/kernels.py plain -n 2
 	PYTHONPATH=tests $(CHECK)/python tests/cuda/kernels.py sanitized -n 2 $(ONE_ORDER) $(SAMPLED)
+
+# Where there is no nvcc it says so.
+check-machine-code: .venv-check/ready
 	$(CHECK)/python tests/cuda/machine_code.py $(ARCHS)
+
+# One in four of the tests of the whole extension, on a device that is pretended; all for check-all.
+check-device: $(BUILT)
 	PYTHONPATH=tests $(PY) tests/cuda/pretend/run.py $(WORKERS) $(SAMPLED)
 
 # Bugs planted to try the tests take longer than all of that: here they must only fit the source.
