@@ -26,6 +26,8 @@ import variant  # noqa: E402
 LEFT_OUT = {
     "tests/test_build.py": "looks at setup.py and at the files of a wheel",
     "tests/test_memory.py": "looks into glibc's malloc, in whose place is AddressSanitizer's",
+    "tests/test_packaging.py": "looks at the extension that is shipped",
+    "tests/test_faults.py::test_a_limited_address_space": "AddressSanitizer's shadow is larger than any limit",
 }
 
 
@@ -37,12 +39,13 @@ def runtime(name: str) -> str:
 
 def environment() -> dict[str, str]:
     options = f"log_path={REPORTS}/report:print_stacktrace=1"
+    own = "detect_leaks=0:detect_stack_use_after_return=1:allocator_may_return_null=1"
     return {
         **os.environ,
         # AddressSanitizer hands exceptions on to libstdc++, which it looks for when it starts.
         "LD_PRELOAD": " ".join(map(runtime, ("libasan.so", "libubsan.so", "libstdc++.so"))),
-        # What Python leaves when it ends is not ours; test_memory.py looks for leaks.
-        "ASAN_OPTIONS": f"{options}:detect_leaks=0:detect_stack_use_after_return=1",
+        # What Python leaves when it ends is not ours; test_memory.py looks for leaks. Of too much memory torch is told.
+        "ASAN_OPTIONS": f"{options}:{own}",
         "UBSAN_OPTIONS": options,
         "PYTHONPATH": str(BUILT),
     }
