@@ -56,6 +56,15 @@ def empty(tensor) -> torch.Tensor:
     return tensor
 
 
+def shorten(tensor) -> torch.Tensor:
+    """The tensor, of whose memory the last byte is gone."""
+    tensor.untyped_storage().resize_(tensor.nbytes - 1)
+    return tensor
+
+
+TAKEN = (empty, halve, shorten)
+
+
 def in_other_memory_order(tensor) -> torch.Tensor:
     """The same elements in the same shape."""
     backwards = tuple(range(tensor.dim()))[::-1]
@@ -290,7 +299,7 @@ def test_output_freed_between_forward_and_backward(call):
         return [expected[0], *call.gradients(output, leaves, torch.ones(output.shape))]
 
     in_child(
-        (free.__name__, lambda f=free: assert_right_or_refused(outcome(run, f), expected)) for free in (empty, halve)
+        (free.__name__, lambda f=free: assert_right_or_refused(outcome(run, f), expected)) for free in TAKEN
     )
 
 
@@ -306,7 +315,7 @@ def test_inputs_without_memory(name):
 
     in_child(
         (f"{take.__name__}, input {k}", lambda k=k, take=take: refused(k, take))
-        for take in (empty, halve)
+        for take in TAKEN
         for k in range(len(inputs))
     )
 
@@ -317,7 +326,7 @@ def test_in_place_without_memory(row):
         tensor = take(torch.ones(80))
         assert isinstance(outcome(row.function_, tensor), RuntimeError) and tensor._version == 0
 
-    in_child((take.__name__, lambda take=take: refused(take)) for take in (empty, halve))
+    in_child((take.__name__, lambda take=take: refused(take)) for take in TAKEN)
 
 
 @over_calls
