@@ -298,9 +298,7 @@ def test_output_freed_between_forward_and_backward(call):
         free(output.detach())
         return [expected[0], *call.gradients(output, leaves, torch.ones(output.shape))]
 
-    in_child(
-        (free.__name__, lambda f=free: assert_right_or_refused(outcome(run, f), expected)) for free in TAKEN
-    )
+    in_child((free.__name__, lambda f=free: assert_right_or_refused(outcome(run, f), expected)) for free in TAKEN)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "in place" not in name])
