@@ -64,16 +64,10 @@ struct Hardtanh {
         low(narrow<T>(Arithmetic<T>(scalars[0]))),
         high(narrow<T>(Arithmetic<T>(scalars[1]))) {}
 
-  RELU_EXT_INLINE bool keep(T input) const {
-    const X x = as<X>(input);
-    return not_at_most(x, below) & not_at_least(x, above);
-  }
-  // By bounds rather than by keep, of which g++ makes its comparisons again.
-  RELU_EXT_INLINE T forward(T input, bool) const {
+  RELU_EXT_INLINE bool keep(T input) const { return between_or_nan(as<X>(input), below, above); }
+  RELU_EXT_INLINE T forward(T input, bool keep) const {
     if constexpr (std::is_floating_point_v<T>) return at_most_or_nan(at_least_or_nan(input, low), high);
-    const X x = as<X>(input);
-    const T bounded = select(not_at_least(x, above), input, high);
-    return select(not_at_most(x, below), bounded, low);
+    return select(keep, input, select(is_above(as<X>(input), below), high, low));
   }
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return select(keep, grad, T{}); }
 };

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from operations import (
     DTYPES,
     INTEGERS,
@@ -16,6 +17,8 @@ from operations import (
     special_values,
     wide,
 )
+
+import relu_ext
 
 # The loops take blocks of at most 64 elements: twice that, and a few on both sides of the second boundary.
 LENGTHS = range(2 * 64 + 4)
@@ -229,6 +232,17 @@ def test_every_16_bit_pattern(operation, device, dtype, isa):
     every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
     check(operation, every, every)
     check(operation, every, every.flip(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bounds", [(-0.0, 0.0), (0.0, 6.0), (-0.0, 6.0), (-1.0, 0.0), (-1.0, -0.0)], ids=str)
+def test_bounds_of_zero(device, dtype, isa, bounds):
+    """The gradient stops at both zeros, whichever of them the bound is."""
+    input = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0, 6.0] * 20, device=device, dtype=dtype).requires_grad_()
+    ours, theirs = (f(input, *bounds) for f in (relu_ext.hardtanh, F.hardtanh))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    (ours,), (theirs,) = (torch.autograd.grad(output, input, torch.ones_like(output)) for output in (ours, theirs))
+    assert_same(ours, theirs)
 
 
 @representative

@@ -46,12 +46,13 @@ template <class Loop>
 }
 #endif
 
-// Runs loop(instruction set), a constant, compiled for the chosen one.
-template <class Loop>
+// Runs loop(instruction set), a constant, compiled for the chosen one or for `most`, whichever is less.
+template <Isa most = Isa::avx512, class Loop>
 void vectorised(Loop loop) {
 #if defined(__x86_64__)
-  if (chosen_isa() == Isa::avx512) return compiled_for_avx512(loop);
-  if (chosen_isa() == Isa::avx2) return compiled_for_avx2(loop);
+  if constexpr (most == Isa::avx512)
+    if (chosen_isa() == Isa::avx512) return compiled_for_avx512(loop);
+  if (chosen_isa() != Isa::portable) return compiled_for_avx2(loop);
 #endif
   loop(std::integral_constant<Isa, Isa::portable>{});
 }

@@ -77,7 +77,12 @@ MUTANTS = [
         "return select(keep, value, product);",
         "return select(!keep, value, product);",
     ),
-    Mutant("the lower bound passes", MATHS, "return not_at_most(x, below) &", "return !(x < below) &"),
+    Mutant(
+        "the lower bound passes",
+        "numeric.h",
+        "return !(value <= low) & !(value >= high);",
+        "return !(value < low) & !(value >= high);",
+    ),
     Mutant(
         "the threshold is not rounded",
         MATHS,
