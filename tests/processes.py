@@ -47,13 +47,14 @@ def in_child(faults: Iterable[tuple[str, Callable]]) -> None:
 
 def run_script(script: str, **environment: str) -> str:
     """What a new interpreter prints. It must exit with 0 and have nothing to say on stderr."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent)]))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env=os.environ | {"PYTHONPATH": path} | environment,
+        cwd=TESTS,  # from which the project's package is not imported before that of PYTHONPATH
         capture_output=True,
         text=True,
         timeout=MOST_SECONDS,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr or f"exit status {done.returncode}"
     return done.stdout

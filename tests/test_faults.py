@@ -788,7 +788,7 @@ def fail_each(call, fail_after) -> int:
         fail_after(count)
         try:
             call.results(call.function, inputs)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             assert allocator_error(error)
         else:
             fail_after(-1)
