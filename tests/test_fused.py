@@ -200,11 +200,11 @@ SHAPES = {
     "its batch": ((4, 6, 5, 7), 0),
     "its columns": ((4, 6, 5, 7), -1),
     "one place": ((3, 200, 1, 1), 1),
-    "rows": ((50, 33), 1),
+    "rows": ((50, 70), 1),
     "rows of rows": ((50, 33), 0),
     "few columns": ((7000, 3), 1),
     "long runs": ((5, 4, 130), 1),
-    "large planes": ((2, 3, 60, 40), 1),
+    "large planes": ((2, 3, 61, 41), 1),
     "one channel": ((3, 1, 5), 1),
     "a vector": ((1000,), 0),
 }
