@@ -459,7 +459,7 @@ MUTANTS = [
         GATE,
         "|| !is_plain(tensor.key_set() - keys::ours) ||",
         "||",
-        By("test_transforms.py", "test_transform"),
+        By("test_transforms.py", "test_vmap_without"),
     ),
     Mutant(
         "modes that trace only watch",

@@ -74,6 +74,19 @@ def test_transform(operation, device, transform):
         assert_all_same(ours, theirs)
 
 
+def test_vmap_without_a_loop(operation, device):
+    """What is computed are torch's operators: for one of ours vmap would call it for every row."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        for form in forms_of(operation):
+            ours, theirs = (vmap(f)(numbers(5, 7, device=device)) for f in form(operation))
+            assert_same(ours, theirs)
+        with pytest.raises(RuntimeError, match="fallback"):
+            vmap(torch.ops.relu_ext.relu_forward)(numbers(5, 7, device=device))
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
 def test_transform_of_a_network(operation, device):
     """The gradient of each sample, as torch.func's guide computes it."""
 
