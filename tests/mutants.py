@@ -494,7 +494,7 @@ MUTANTS = [
         GATE,
         " && !records_history(tensor, own);",
         ";",
-        By("test_two_tensors.py", "gradcheck"),
+        By("test_two_tensors.py", "second_derivatives_of"),
     ),
     Mutant(
         "what was saved may be of any kind",

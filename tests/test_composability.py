@@ -328,15 +328,19 @@ def test_quantized(operation, dtype):
 
 @pytest.mark.in_place
 def test_tensors_with_a_sign_to_be_applied(operation, device):
-    """The imaginary part of a conjugate is a real view whose numbers are yet to be negated."""
+    """The imaginary part of a conjugate is a real view whose numbers are yet to be negated; another has no gaps."""
 
-    def view():
+    def imaginary():
         return numbers(5, 7, device=device, seed=2).to(torch.complex64).mul(1j).conj().imag
 
-    assert view().is_neg()
-    for ours, theirs in ((operation.function, operation.definition), (operation.function_, operation.definition_)):
-        assert described(ours, view()) == described(theirs, view())
-    assert_all_same(*(output_and_gradient(f, view()) for f in (operation.function, operation.definition)))
+    def dense():
+        return torch._neg_view(numbers(5, 7, device=device, seed=2))
+
+    for view in (imaginary, dense):
+        assert view().is_neg()
+        for ours, theirs in ((operation.function, operation.definition), (operation.function_, operation.definition_)):
+            assert described(ours, view()) == described(theirs, view())
+        assert_all_same(*(output_and_gradient(f, view()) for f in (operation.function, operation.definition)))
 
 
 @pytest.mark.in_place

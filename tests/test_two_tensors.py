@@ -324,6 +324,18 @@ def test_gradcheck(device, ours, theirs, build):
 
 
 @over_pairs
+def test_second_derivatives_of_a_sum(device, ours, theirs, build):
+    """The gradient that arrives has no history, what was kept has."""
+
+    def run(function):
+        inputs = [input.detach().requires_grad_() for input in build(device)]
+        first = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    torch.testing.assert_close(run(ours), run(theirs))
+
+
+@over_pairs
 def test_what_is_kept_does_not_depend_on_modes(device, ours, theirs, build):
     def kept(mode, needs):
         inputs = [input.detach().requires_grad_(need) for input, need in zip(build(device), needs, strict=True)]
