@@ -1,5 +1,6 @@
 // Every CPU kernel by its name, on memory that the caller has.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -89,10 +90,11 @@ inline void run(const Parts& own, Step step, Dtype dtype, int64_t numel, Channel
 
 // With these gradients.
 inline void reglu(bool of_gate, bool of_up, Step step, Dtype dtype, int64_t numel, const Arrays& a) {
+  const int64_t columns = std::max<int64_t>(numel, 1);
   if (step != Step::backward)
-    return cpu::gated({dtype, numel, {a.input, numel}, {a.other, numel}, {a.output, numel}}, 0, numel);
+    return cpu::gated({dtype, columns, {a.input, numel}, {a.other, numel}, {a.output, numel}}, 0, numel);
   cpu::gated_backward({dtype,
-                       numel,
+                       columns,
                        {a.grad, numel},
                        {a.input, numel},
                        {of_gate ? a.other : nullptr, numel},
