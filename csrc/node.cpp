@@ -176,7 +176,7 @@ void set_history_past(const Tensor& output, Gradients* gradients, Keeping keepin
 
 void rebase_history(const Tensor& input, Gradients* gradients, Keeping keeping, c10::function_ref<Tensor()> overwrite) {
   const auto [node, raw] = make_node(gradients, std::move(keeping));
-  // The edge is taken before the version changes: a view's history is made anew when it is asked for at a new version.
+  // The edge is taken before the version changes: asked for at a new version, a view makes a node, which nothing needs.
   raw->add_next_edge(torch::autograd::impl::gradient_edge(input));
   const Tensor bits = overwrite();
   torch::autograd::rebase_history(input, node);

@@ -638,20 +638,6 @@ MUTANTS = [
         By("test_autograd.py", "freed_by_backward"),
     ),
     Mutant(
-        "a view's edge is taken when it has changed",
-        NODE,
-        "  raw->add_next_edge(torch::autograd::impl::gradient_edge(input));\n  const Tensor bits = overwrite();\n",
-        "  const Tensor bits = overwrite();\n  raw->add_next_edge(torch::autograd::impl::gradient_edge(input));\n",
-        By("test_graph.py", "view"),
-    ),
-    Mutant(
-        "a view that is kept is no view",
-        NODE,
-        "/*inplace_view=*/input.is_view()",
-        "/*inplace_view=*/false",
-        By("test_autograd.py", "in_place"),
-    ),
-    Mutant(
         "bits of a transposed output",
         NODE,
         "  if (!own || !c10::SymIntArrayRef(output.sym_strides()).equals(own->stride())) return {};\n",
