@@ -27,7 +27,8 @@ class Guarded {
             mmap(nullptr, own_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))),
         elements_(
             reinterpret_cast<T*>(pages_ + page_ + (place == Place::before_a_trap ? own_ - size_ * sizeof(T) : 0))) {
-    if (pages_ == MAP_FAILED || mprotect(pages_ + page_, own_, PROT_READ | PROT_WRITE)) std::abort();
+    // qemu refuses to protect nothing.
+    if (pages_ == MAP_FAILED || (own_ && mprotect(pages_ + page_, own_, PROT_READ | PROT_WRITE))) std::abort();
   }
   ~Guarded() { munmap(pages_, own_ + 2 * page_); }
   Guarded(const Guarded&) = delete;
