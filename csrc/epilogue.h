@@ -28,7 +28,7 @@ auto with_fused_activation(Activation activation, const Scalars& scalars, Body b
 template <class T, class Body>
 auto with_parts(const Fused& work, Body body) {
   if (work.dropout.factor) return body(Parts<false, false, false, true>{});
-  if constexpr (!is_16_bit<T>) {  // the products of others are exact in float, and a multiply-add is faster
+  if constexpr (!std::is_same_v<T, half>) {  // whose products are exact in float, and a multiply-add is faster
     if (work.scale && !work.multiply_add)
       return work.residual ? body(Parts<true, true, true, false>{}) : body(Parts<true, true, false, false>{});
   }

@@ -240,6 +240,13 @@ MUTANTS = [
         FUSED_LAYOUTS,
     ),
     Mutant(
+        "bfloat16's products are not rounded",
+        "csrc/epilogue.h",
+        "if constexpr (!std::is_same_v<T, half>)",
+        "if constexpr (!is_16_bit<T>)",
+        By("test_fused.py", "products_beyond"),
+    ),
+    Mutant(
         "a multiply-add rounds its product",
         "csrc/epilogue.h",
         "if constexpr (Parts::multiply_add && has_multiply_add)",
@@ -961,13 +968,6 @@ MUTANTS = [
         "    if (!THPVariable_CheckExact(args[i])) return nullptr;\n",
         "    if (!THPVariable_Check(args[i])) return nullptr;\n",
         By("test_composability.py", "subclass"),
-    ),
-    Mutant(
-        "a bool is a number",
-        PYTHON,
-        "if (!PyLong_CheckExact(object)) return std::nullopt;",
-        "if (!PyLong_Check(object)) return std::nullopt;",
-        By("test_scalars.py", "any_scalar"),
     ),
     Mutant(
         "integers that are no doubles",

@@ -281,6 +281,21 @@ def test_multiply_add_rounds_as_addcmul(row, dtype, isas):
             assert isa == "portable" or torch.equal(output, expected)
 
 
+@over_dtypes
+@pytest.mark.parametrize("row", [SCALE, SCALE_ADD], ids=["alone", "residual"])
+def test_products_beyond_the_range(row, device, dtype, isa):
+    """Infinite, or less than the least number, whatever is added to them: bfloat16 has float's range."""
+    huge, tiny = torch.finfo(dtype).max / 2, torch.finfo(dtype).smallest_normal
+    for number, factor, addend in ((huge, 3, -huge), (tiny, tiny, tiny), (-huge, 3, huge)):
+        inputs = row.inputs(
+            lambda *shape, seed, n=(number, factor, addend, 0.0): torch.full(shape, n[seed], dtype=torch.float64),
+            (3, 70),
+        )
+        inputs = [x.to(device, dtype) for x in inputs]
+        wide = [x.float() if dtype.itemsize == 2 else x for x in inputs]
+        assert_same(row.ours(*inputs), row.theirs(*wide).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_no_gradient_where_the_sum_rounds_to_zero(device, dtype, isa):
     """As in torch, whose relu sees the rounded sum."""
