@@ -168,7 +168,7 @@ def test_errors_of_prelu():
 
 def test_scalars(device):
     """Numbers that are none of the kernels' are torch's, with its errors."""
-    scalars = 0.5, 1, True, -1, 2**60, float("inf"), float("nan"), 1e300, 1j, torch.tensor(0.5), None
+    scalars = 0.5, 1, True, -1, 2**60, 2**54 + 2**30 + 1, float("inf"), float("nan"), 1e300, 1j, torch.tensor(0.5), None
     functions = [
         F.leaky_relu,
         F.elu,

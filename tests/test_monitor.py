@@ -392,6 +392,19 @@ def test_a_step_asks_pytorch_for_nothing(activation):
     assert called[0] == called[1]
 
 
+def test_counting_an_input_with_gaps_asks_pytorch_for_nothing():
+    called = []
+    for watched in (False, True):
+        module = nn.ReLU()
+        if watched:
+            relu_ext.Monitor(module)
+        x = numbers(4, 8)[:, ::2]
+        with Names() as names:
+            module(x)
+        called.append(names.called)
+    assert called[0] == called[1]
+
+
 def test_a_step_reads_nothing_on_the_host():
     model = cnn()
     monitor = relu_ext.Monitor(model, window=2)

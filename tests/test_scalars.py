@@ -18,6 +18,7 @@ FUNCTIONS = {
     "celu": (relu_ext.celu, F.celu),
 }
 ONE = [-2.5, -1, -0.0, 0, 1, 1.5, 3, math.inf, -math.inf, math.nan, 1e-30, 1e-300, 7e4, 1e39, 1e300, 2**53 + 1, 2**70]
+ONE += [2**54 + 2**30 + 1]  # as a double it is halfway between two floats, which it is not
 ONE += [True, False, torch.tensor(0.5), torch.tensor([0.5]), "0.5", None, 1j]
 TWO = [(-1, 1), (1, 1), (1, -1), (-math.inf, math.inf), (math.nan, 1.0), (0.0, math.nan), (-1e300, 1e300), (0, 7e4)]
 TWO += [(0.3, 0.3), (-0.0, 0.0), (True, 2), (torch.tensor(-0.5), 1), ("0", 1), (2**53 + 1, 2**54)]
