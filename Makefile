@@ -1,7 +1,7 @@
 # make bench        builds all it needs and runs the benchmark        make test    the same for the tests
 # make check        style, and the CUDA kernels proved without a GPU   make format  applies the style
-# make check-all    the same for every GPU that nvcc knows, bugs planted in the CUDA kernels, the portable CPU kernels on
-#                   x86-64 and aarch64
+# make check-all    the same for every GPU that nvcc knows, the kernels under sanitizers, bugs planted in them, and the
+#                   portable CPU kernels on x86-64 and aarch64
 # make mutants      bugs planted in kernels, graph code and Python, which the tests must catch: two hours
 # make fuzz         tests/test_properties.py with other examples each time, for MINUTES (10)
 # make sanitize     the tests with sanitizers in the extension           make leaks   100,000 calls of each operation
@@ -50,7 +50,7 @@ SETUPTOOLS := 70.1.0
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n 2')
 
 .PHONY: test fuzz leaks sanitize bench build check check-style check-mutants check-kernels check-machine-code check-device
-.PHONY: check-portable check-all mutants mutants-cuda cuda-build package compat gpu format clean
+.PHONY: check-portable check-all sanitize-kernels mutants mutants-cuda cuda-build package compat gpu format clean
 test: $(BUILT)
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 
@@ -76,7 +76,6 @@ $(BUILT): $(SOURCES) $(READY)
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-ONE_ORDER := -k 'not backward and not shuffled'
 SAMPLED := -p sample --one-in 4
 check: check-device check-kernels check-machine-code check-style check-mutants
 
@@ -85,12 +84,14 @@ check-style: .venv-check/ready
 	$(CHECK)/ruff format --check .
 	$(CHECK)/clang-format --dry-run -Werror $(STYLED)
 
-# The CUDA kernels in emulation, alone and, one test in four, under sanitizers (with threads in one order: all touch the
-# same memory). All of these tests are for check-all.
+# The CUDA kernels in emulation.
 check-kernels: .venv-check/ready
 	$(CHECK)/python -m pytest --confcutdir=tests/cuda tests/cuda/test_emulator.py
 	$(CHECK)/python tests/cuda/kernels.py plain -n 2
-	PYTHONPATH=tests $(CHECK)/python tests/cuda/kernels.py sanitized -n 2 $(ONE_ORDER) $(SAMPLED)
+
+# The same with AddressSanitizer and UndefinedBehaviorSanitizer, which takes five minutes.
+sanitize-kernels: .venv-check/ready
+	$(CHECK)/python tests/cuda/kernels.py sanitized -n 2
 
 # Where there is no nvcc it says so.
 check-machine-code: .venv-check/ready
@@ -116,12 +117,11 @@ check-portable: .venv-check/ready
 	$(CHECK)/python tests/portable/check.py
 
 check-all: ARCHS := all
-check-all: ONE_ORDER :=
 check-all: SAMPLED :=
-check-all: check mutants-cuda check-portable
+check-all: check sanitize-kernels mutants-cuda check-portable
 
-# Of what the compiler can see. Its build takes six minutes of one core, the first time.
-sanitize: $(READY)
+# Of what the compiler can see. Its build takes six minutes of one core, the first time; the tests half an hour.
+sanitize: $(READY) sanitize-kernels
 	$(PY) tests/sanitized/run.py memory $(WORKERS) $(ARGS)
 	$(PY) tests/sanitized/run.py threads
 
