@@ -462,13 +462,6 @@ MUTANTS = [
         By("test_composability.py", "every_dtype"),
     ),
     Mutant(
-        "a transform's tensors take the operators",
-        GATE,
-        "|| !is_plain(tensor.key_set() - keys::ours) ||",
-        "||",
-        By("test_transforms.py", "test_vmap_without"),
-    ),
-    Mutant(
         "modes that trace only watch",
         GATE,
         "is_plain(tensor.key_set() - keys::ours) || !modes_only_watch())",
