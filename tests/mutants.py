@@ -1151,7 +1151,7 @@ MUTANTS = [
         "relu_ext/rewriting.py",
         "            _check_names(node)\n",
         "",
-        By("test_packaging.py", "input_is_no_code"),
+        By("test_fuse.py", "test_names"),
     ),
     Mutant(
         "all symbols are exported",

@@ -237,11 +237,20 @@ def test_installed_and_uninstalled_meanwhile():
     assert not relu_ext.is_installed()
 
 
-def test_a_monitor_counts_what_all_threads_compute():
+@pytest.fixture
+def short_turns():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_a_monitor_counts_what_all_threads_compute(short_turns):
     """As of nn.DataParallel's replicas, or of an actor and a learner."""
     model = torch.nn.Sequential(relu_ext.ReLU(), relu_ext.LeakyReLU())
     data = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    times = 10
+    times = 1000
 
     def run(_):
         for _ in range(times):
