@@ -878,6 +878,13 @@ MUTANTS = [
         By("test_install.py", "scalars"),
     ),
     Mutant(
+        "modes see the monitor",
+        MONITOR,
+        "  const BelowModes guard;\n  const auto [output, bits]",
+        "  const auto [output, bits]",
+        By("test_monitor.py", "asks_pytorch"),
+    ),
+    Mutant(
         "a repeated forward is counted",
         MONITOR,
         "return torch::autograd::get_current_graph_task_id() != -1;",
