@@ -25,7 +25,7 @@ class Call:
 
     def inputs(self, shape=SHAPE, device="cpu", seed=0) -> list[torch.Tensor]:
         make = torch.Generator().manual_seed(seed)
-        return [torch.randn(own, generator=make).to(device) for own in self.shapes(shape)]
+        return self.made(lambda *own: torch.randn(own, generator=make).to(device), shape)
 
     def leaves(self, inputs) -> list[torch.Tensor]:
         """The inputs, those that need a gradient as leaves of a new graph."""

@@ -158,10 +158,6 @@ def sliced(*shape):
     return torch.ones(*shape, 2)[..., 0]
 
 
-def leaves_of(call, shape):
-    return [tensor.requires_grad_() for tensor in call.made(dense, shape)]
-
-
 def first_derivatives(call, shape, make=dense):
     """Each time of another choice of the inputs."""
     return lambda i: call.run(make, shape, i % call.choices())
@@ -169,7 +165,7 @@ def first_derivatives(call, shape, make=dense):
 
 def second_derivatives(call, shape):
     def twice(_):
-        inputs = leaves_of(call, shape)
+        inputs = call.leaves(call.made(dense, shape))
         output = call.function(*inputs)
         grad = dense(*output.shape).requires_grad_()
         gradients = torch.autograd.grad(output, inputs, grad, create_graph=True)
@@ -190,7 +186,7 @@ def twice_backward(call, shape):
     """The graph is freed by the first."""
 
     def raises(_):
-        inputs = leaves_of(call, shape)
+        inputs = call.leaves(call.made(dense, shape))
         output = call.function(*inputs)
         torch.autograd.grad(output.sum(), inputs, retain_graph=False)
         with pytest.raises(RuntimeError):
@@ -203,7 +199,7 @@ def misfit(call, shape):
     """A gradient of another shape than the output's."""
 
     def raises(_):
-        output = call.function(*leaves_of(call, shape))
+        output = call.function(*call.leaves(call.made(dense, shape)))
         with pytest.raises(RuntimeError):
             output.backward(dense(N + 1, 7))
 
