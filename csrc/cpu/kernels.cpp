@@ -19,7 +19,8 @@ void with_types(const Work& work, Body body) {
 }
 
 // A selection of 16-bit floats is comparisons of integers, of which AVX-512 does one vector a cycle where AVX2 does two
-// of half the length. On Zen 4, 256K elements with bits, AVX2 takes 0.9 of the time.
+// of half the length. On Zen 4 relu and threshold with bits take 0.9 of the time by AVX2, threshold without bits 1.1
+// (benchmarks/builds.py).
 template <class T, class Activation>
 constexpr Isa most_of_forward = is_16_bit<T> && !Activation::computes ? Isa::avx2 : Isa::avx512;
 
