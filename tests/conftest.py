@@ -4,6 +4,7 @@ import gc
 
 import operations
 import pytest
+import tally
 import torch
 from operations import OPERATIONS
 
@@ -11,6 +12,10 @@ import relu_ext
 from relu_ext import _C
 
 DEVICES = ["cpu"] + (["cuda"] if relu_ext.build_info()["cuda"] and torch.cuda.is_available() else [])
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(tally)
 
 
 def pytest_generate_tests(metafunc):

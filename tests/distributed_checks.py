@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import relu_ext
 
 RANKS = 2
-COLLECTIVE = datetime.timedelta(seconds=20)  # a rank that waits longer for another gives the check up
+COLLECTIVE = datetime.timedelta(seconds=60)  # a rank that waits longer for another gives the check up
 STEPS = 3
 NODES = {"ReLUBackward", "HardtanhBackward", "LeakyReLUBackward"}  # of the activations below, if kernels ran
 

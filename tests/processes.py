@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from tally import TRIED
 
 TESTS = Path(__file__).resolve().parent
 # Autograd's threads, which it has for an accelerator, do not survive a fork.
 CAN_FORK = not torch.accelerator.is_available()
 MOST_SECONDS = 120
+FAULTS = "faults"
 
 
 def in_child(faults: Iterable[tuple[str, Callable]]) -> None:
@@ -22,6 +24,7 @@ def in_child(faults: Iterable[tuple[str, Callable]]) -> None:
     if not CAN_FORK:
         for _, fault in faults:
             fault()
+            TRIED[FAULTS] += 1
         return
     reading, writing = os.pipe()
     child = os.fork()
@@ -43,6 +46,7 @@ def in_child(faults: Iterable[tuple[str, Callable]]) -> None:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status >= 0, f"signal {-status} in {said.splitlines()[-1:]}"
     assert status == 0, said
+    TRIED[FAULTS] += len(said.splitlines())
 
 
 def run_script(script: str, **environment: str) -> str:

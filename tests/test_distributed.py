@@ -16,7 +16,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 
 import distributed_checks
 
-SECONDS = 120  # for all checks; then the processes are ended
+SECONDS = 300  # for all checks; then the processes are ended
 
 
 def run_checks(folder) -> str:

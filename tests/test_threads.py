@@ -222,10 +222,13 @@ def test_installed_and_uninstalled_meanwhile():
     nodes = set()
 
     def run(_):
-        for row, theirs in zip(INSTALLED * 12, truth * 12, strict=True):
-            for a, b in zip(results(row), theirs, strict=True):
-                torch.testing.assert_close(a, b)
-            nodes.add(F.relu(inputs.clone().requires_grad_()).grad_fn.name())
+        for turn in range(10_000):
+            for row, theirs in zip(INSTALLED, truth, strict=True):
+                for a, b in zip(results(row), theirs, strict=True):
+                    torch.testing.assert_close(a, b)
+                nodes.add(F.relu(inputs.clone().requires_grad_()).grad_fn.name())
+            if turn >= 12 and len(nodes) == 2:
+                return
 
     def switch():
         with relu_ext.installed():
@@ -283,20 +286,25 @@ LOCKING = {
 }
 
 
-@pytest.mark.parametrize("elements, releases", [(4096, False), (1 << 20, True)], ids=["short", "long"])
-@pytest.mark.parametrize("call", LOCKING.values(), ids=LOCKING)
-def test_long_calls_release_the_interpreter_lock(call, elements, releases, endless_turns):
-    x, go, has_run = torch.ones(elements), threading.Semaphore(0), threading.Event()
+def has_a_turn_meanwhile(call, input) -> bool:
+    """Another thread, that waits for the interpreter lock, in one of twenty calls."""
+    go, has_run = threading.Semaphore(0), threading.Event()
     other = threading.Thread(target=lambda: go.acquire() and has_run.set())
     other.start()
     go.release()
     outputs = []  # they stay: torch may release the lock when it frees one
-    for _ in range(100):
-        outputs.append(call(x))
-        if has_run.is_set():
-            break
-    assert has_run.is_set() == releases
+    while len(outputs) < 20 and not has_run.is_set():
+        outputs.append(call(input))
+    meanwhile = has_run.is_set()
     other.join()
+    return meanwhile
+
+
+@pytest.mark.parametrize("elements, releases", [(4096, False), (1 << 22, True)], ids=["short", "long"])
+@pytest.mark.parametrize("call", LOCKING.values(), ids=LOCKING)
+def test_long_calls_release_the_interpreter_lock(call, elements, releases, endless_turns):
+    """Long is what an idle core needs to wake up, and more; yet a busy machine may let it sleep: hence many tries."""
+    assert any(has_a_turn_meanwhile(call, torch.ones(elements)) for _ in range(50)) == releases
 
 
 def test_arguments_that_another_thread_lets_go():

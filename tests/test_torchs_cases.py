@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from composing import assert_near_sum
 from operations import DTYPES, OPERATIONS, assert_same
+from tally import TRIED
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
@@ -70,13 +71,18 @@ def module_info(name):
     return info
 
 
+def tried(cases: list) -> list:
+    TRIED["of torch's own cases"] += len(cases)
+    return cases
+
+
 def samples(name, dtype):
-    return list(op_info(name).sample_inputs("cpu", dtype))
+    return tried(list(op_info(name).sample_inputs("cpu", dtype)))
 
 
 def references(name, dtype, most=1 << 16):
     """The samples are among them. Those of a million elements are for few tests: they take longer than all others."""
-    return [sample for sample in op_info(name).reference_inputs("cpu", dtype) if sample.input.numel() <= most]
+    return tried([sample for sample in op_info(name).reference_inputs("cpu", dtype) if sample.input.numel() <= most])
 
 
 def with_leaves(sample):
@@ -283,7 +289,7 @@ def test_errors(name):
     info = op_info(name)
     errors = list(info.error_inputs("cpu")) if info.error_inputs_func else []
     assert len(errors) == WITH_ERRORS.get(name, 0)
-    for error in errors:
+    for error in tried(errors):
         expected = outcome(getattr(F, name), error.sample_input)
         assert expected[0] is error.error_type and re.search(error.error_regex, expected[1])
         assert outcome(getattr(relu_ext, name), error.sample_input) == expected
@@ -321,7 +327,7 @@ def module_inputs(name, dtype, training):
     assert info.module_error_inputs_func is None  # they would have to be tried
     inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 3
-    return inputs
+    return tried(inputs)
 
 
 def modules(name, given, dtype, training, **more):
