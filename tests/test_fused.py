@@ -204,6 +204,7 @@ SHAPES = {
     "rows of rows": ((50, 33), 0),
     "few columns": ((7000, 3), 1),
     "long runs": ((5, 4, 130), 1),
+    "planes of whole words": ((3, 5, 16, 16), 1),
     "large planes": ((2, 3, 61, 41), 1),
     "one channel": ((3, 1, 5), 1),
     "a vector": ((1000,), 0),

@@ -154,6 +154,7 @@ SHAPES = {
     "rows": (50, 70),
     "few columns": (7000, 3),
     "three dimensions": (5, 4, 130),
+    "planes of whole words": (3, 5, 16, 16),
     "large planes": (2, 3, 61, 41),
     "one channel": (3, 1, 5),
     "empty": (0, 3, 2),

@@ -68,9 +68,9 @@ RELU_EXT_INLINE void drop(const Dropout& dropout, int64_t i, int64_t count, T* o
 }
 
 // body(isa, i, count) for elements begin to begin + count - 1, so many at a time.
-template <int64_t at_once, class Body>
+template <int64_t at_once, Isa most = Isa::avx512, class Body>
 void in_chunks(int64_t begin, int64_t count, Body body) {
-  vectorised([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+  vectorised<most>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
     for (int64_t i = begin; i < begin + count; i += at_once) body(isa, i, std::min(at_once, begin + count - i));
   });
 }
@@ -82,9 +82,10 @@ void forward_parts(Activation act, const Fused& work, Bits bits, int64_t begin, 
   std::array<const T*, Parts::scale + Parts::shift> vectors{};
   if constexpr (Parts::scale) vectors[0] = static_cast<const T*>(work.scale);
   if constexpr (Parts::shift) vectors[Parts::scale] = static_cast<const T*>(work.shift);
+  constexpr Isa most = vectors.empty() ? most_of_forward<T, Bits, true> : Isa::avx512;
   PerChannel<T, vectors.size()> channels(work.channels, vectors, begin, end);
   channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
-    in_chunks<Parts::dropout ? drawn_at_once : chunk>(
+    in_chunks<Parts::dropout ? drawn_at_once : chunk, most>(
         first, count, [=, &work](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
           constexpr Isa own = decltype(isa)::value;
           const auto own_bits = bits_from(bits, i);

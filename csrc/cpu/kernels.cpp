@@ -18,13 +18,6 @@ void with_types(const Work& work, Body body) {
   });
 }
 
-// A selection of 16-bit floats is comparisons of integers, of which AVX-512 does one vector a cycle where AVX2 does two
-// of half the length. On Zen 4 relu and threshold with bits take 0.9 of the time by AVX2, threshold without bits 1.1
-// (benchmarks/builds.py).
-template <class T, class Activation, class Bits>
-constexpr Isa most_of_forward =
-    is_16_bit<T> && !Activation::computes && !std::is_same_v<Bits, NoBits> ? Isa::avx2 : Isa::avx512;
-
 }  // namespace
 
 void forward(const Forward& work, int64_t begin, int64_t end) {
@@ -32,8 +25,9 @@ void forward(const Forward& work, int64_t begin, int64_t end) {
     using T = decltype(element);
     const auto input = static_cast<const T*>(work.input);
     const auto output = static_cast<T*>(work.output);
-    with_bits<decltype(act)>(work.bits, [=](auto bits) {
-      vectorised<most_of_forward<T, decltype(act), decltype(bits)>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+    using Activation = decltype(act);
+    with_bits<Activation>(work.bits, [=](auto bits) {
+      vectorised<most_of_forward<T, decltype(bits), Activation::computes>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
         forward_loops<decltype(isa)::value>(act, input, output, bits, begin, end);
       });
     });

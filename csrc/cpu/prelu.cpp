@@ -33,7 +33,7 @@ void prelu(const Prelu& work, int64_t begin, int64_t end) {
     slopes_of<T>(work, begin, end).in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
       const auto act = activation(slopes);
       with_bits<decltype(act)>(work.bits ? work.bits + i / 8 : nullptr, [=](auto bits) {
-        vectorised([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+        vectorised<most_of_forward<T, decltype(bits), true>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
           forward_loops<decltype(isa)::value>(act, input + i, output + i, bits, 0, count);
         });
       });
