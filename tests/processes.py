@@ -1,7 +1,7 @@
 """Processes of their own, for what may crash, exit or be interrupted: forked, or of a new interpreter."""
 
+import faulthandler
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -20,7 +20,10 @@ FAULTS = "faults"
 
 
 def in_child(faults: Iterable[tuple[str, Callable]]) -> None:
-    """Calls these functions, each with a name, in one forked process. A crash fails with the name that it was in."""
+    """Calls these functions, each with a name, in one forked process.
+
+    A crash fails with the name that it was in, one that does not end with what its threads do.
+    """
     if not CAN_FORK:
         for _, fault in faults:
             fault()
@@ -29,7 +32,7 @@ def in_child(faults: Iterable[tuple[str, Callable]]) -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        signal.alarm(MOST_SECONDS)
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True, file=writing)
         torch.set_num_threads(1)
         try:
             for name, fault in faults:

@@ -392,7 +392,7 @@ def large_steps():
 
 
 def interrupt(after: float, ended: threading.Event) -> None:
-    """Again after ten seconds: what is raised while Python frees something is printed and lost."""
+    """Again after ten seconds: what is raised in a callback, of the garbage collector's say, is printed and lost."""
     while not ended.wait(after):
         os.kill(os.getpid(), signal.SIGINT)
         after = 10

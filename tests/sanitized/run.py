@@ -10,6 +10,7 @@ A finding ends the process that made it, is printed and fails the run.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ LEFT_OUT = {
     "tests/test_packaging.py": "looks at the extension that is shipped",
     "tests/test_faults.py::test_a_limited_address_space": "AddressSanitizer's shadow is larger than any limit",
 }
+# No finding: that torch is told so is what tests look at.
+TOO_MUCH_MEMORY = re.compile(r"==\d+==WARNING: AddressSanitizer failed to allocate 0x[0-9a-f]+ bytes")
 
 
 def runtime(name: str) -> str:
@@ -61,9 +64,10 @@ def memory(*arguments: str) -> bool:
     # -P: not the package in the folder where this runs.
     command = [sys.executable, "-P", "-m", "pytest", *(f"--deselect={name}" for name in LEFT_OUT), *arguments]
     passed = subprocess.run(command, cwd=ROOT, env=environment()).returncode == 0
-    for report in REPORTS.iterdir():
-        print(report.read_text(errors="replace"))
-    return passed and not any(REPORTS.iterdir())
+    found = [line for report in REPORTS.iterdir() for line in report.read_text(errors="replace").splitlines()]
+    found = [line for line in found if not TOO_MUCH_MEMORY.fullmatch(line)]
+    print(*found, sep="\n")
+    return passed and not any(found)
 
 
 def threads() -> bool:
