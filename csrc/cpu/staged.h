@@ -220,11 +220,12 @@ void with_bits(uint8_t* bits, Body body) {
 
 // What runs a forward pass at most; `computes`: not a selection alone. On Zen 4 AVX-512 does one comparison into a mask
 // a cycle, AVX2 two of half the length and without masks: relu with bits takes 0.86 to 0.91 of the time by AVX2, others
-// in 32 and 16 bits 0.91 to 1.03; without bits, in 64 bits and where 16-bit floats are converted it takes more
+// in 32 and 16 bits 0.91 to 1.03; without bits, in 64 bits and where bfloat16 is computed with it takes more
 // (benchmarks/builds.py).
 template <class T, class Bits, bool computes>
 constexpr Isa most_of_forward =
-    !std::is_same_v<Bits, NoBits> && sizeof(T) <= 4 && !(is_16_bit<T> && computes) ? Isa::avx2 : Isa::avx512;
+    !std::is_same_v<Bits, NoBits> && sizeof(T) <= 4 && !(std::is_same_v<T, bfloat16> && computes) ? Isa::avx2
+                                                                                                  : Isa::avx512;
 
 // Of an activation that keeps bits and does not compute, or not in 16 bits. input: see forward_loop.
 template <Isa isa, class Activation, class Input, class T>
