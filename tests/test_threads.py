@@ -394,24 +394,15 @@ def large_steps():
         relu_ext.bias_relu(relu_ext.elu(leaf).view(1024, -1), leaf[:1024]).sum().backward()
 
 
-def interrupt(after: float, ended: threading.Event) -> None:
-    """Again after ten seconds: what is raised in a callback, of the garbage collector's say, is printed and lost."""
-    while not ended.wait(after):
-        os.kill(os.getpid(), signal.SIGINT)
-        after = 10
-
-
 def test_keyboard_interrupt():
     """In a long loop of large calls: it ends, and the process is as good as before."""
 
     def interrupted():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for seconds in (0.05, 0.1, 0.15):
-            ended = threading.Event()
-            threading.Thread(target=interrupt, args=(seconds, ended)).start()
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
             with pytest.raises(KeyboardInterrupt):
                 large_steps()
-            ended.set()
         assert_all_right()
 
     in_child([("SIGINT", interrupted)])
