@@ -120,6 +120,13 @@ MUTANTS = [
         INSIDE,
     ),
     Mutant(
+        "ties of bfloat16 are rounded up",
+        STAGED,
+        "uint16_t(0x7ffeu | (upper[j] & 1u))",
+        "uint16_t(0x7fffu)",
+        By("test_fused.py", "test_layouts and bfloat16"),
+    ),
+    Mutant(
         "products of the first element's factor",
         STAGED,
         "RELU_EXT_INLINE const T* factors_from(Slopes<T> slopes, int64_t i) {\n  return slopes.slope + i;",
