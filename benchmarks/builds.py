@@ -2,6 +2,7 @@
 
 BEFORE and AFTER are folders like csrc/ (of another commit: `git worktree add ../before COMMIT`); AFTER is this one
 where it is not given. Prints the time of AFTER over that of BEFORE, and of both over that of a copy of a tensor.
+How far outputs lie from inputs, in a page of memory, decides as much as the code does (--apart).
 What changes by a factor of 1.6 within seconds is a virtual machine's clock: only quotients of neighbours say anything.
 """
 
@@ -33,6 +34,7 @@ KERNELS += ["add_relu", "bias_relu", "scale_shift_relu", "scale_shift_add_relu",
 STEPS = ("forward", "with bits", "backward")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BLOCK_SECONDS = 1e-3
+PAGE = 4096
 
 
 class Arrays(ctypes.Structure):
@@ -64,13 +66,21 @@ def library(csrc: Path, folder: Path) -> ctypes.CDLL:
     return loaded
 
 
+def in_page(tensor: torch.Tensor, place: int) -> torch.Tensor:
+    """A copy, so many bytes from the beginning of a page."""
+    memory = torch.empty(place + tensor.nbytes + PAGE, dtype=torch.uint8)
+    first = -memory.data_ptr() % PAGE + place
+    return memory[first : first + tensor.nbytes].view(tensor.dtype).copy_(tensor)
+
+
 def samples(libraries: list[ctypes.CDLL], kernel: str, step: str, dtype: str, options: argparse.Namespace):
     """Seconds of each round, of BEFORE, AFTER and a copy."""
     numel, inner = options.elements, options.inner
     channels = options.channels
     make = {"dtype": DTYPES[dtype]}
-    tensors = [torch.randn(numel, **make) for _ in range(3)] + [torch.randn(channels, **make) for _ in range(2)]
-    tensors += [torch.empty(numel, **make) for _ in range(3)]
+    tensors = [in_page(torch.randn(numel, **make), 0) for _ in range(3)]
+    tensors += [torch.randn(channels, **make) for _ in range(2)]
+    tensors += [in_page(torch.zeros(numel, **make), options.apart) for _ in range(3)]
     tensors += [torch.randint(256, (numel // 8 + 1,), dtype=torch.uint8), torch.zeros(2 * channels, dtype=torch.double)]
     arrays = Arrays(*(tensor.data_ptr() for tensor in tensors))
     sizes = [ctypes.c_int64(number) for number in (numel, channels, inner)]
@@ -99,6 +109,14 @@ def main() -> None:
     add("--elements", type=int, default=2**17, metavar="N", help="default: %(default)s")
     add("--channels", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--inner", type=int, default=1024, metavar="N", help="elements of a channel side by side; default: %(default)s")
+    add(
+        "--apart",
+        type=int,
+        default=64,
+        metavar="BYTES",
+        help="from an input's place in its page to an output's; default: %(default)s, as glibc places one tensor of a "
+        "power of two after another",
+    )
     add("--rounds", type=int, default=60, metavar="N", help="default: %(default)s")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

@@ -7,7 +7,7 @@
 // The others, in the type X that T is computed in; what they return is yet to be rounded to T:
 //   forward(input)                 the output
 //   backward<kept>(grad, value)    the input's gradient from the input or the output
-// computes: whether they do more than select.
+// effort: what it takes to make an element.
 //
 // T is the type of the elements: float, double, half or bfloat16. Everything is branch-free, so that the compiler can
 // turn the loop around it into vectors. Predicates are ATen's, NaN included.
@@ -19,6 +19,8 @@
 #include "numeric.h"
 
 namespace relu_ext {
+
+enum class Effort { selection, product, exponential };
 
 // Which type a comparison is made in, and a scalar rounded to, depends on the device.
 enum class Device { cpu, cuda };
@@ -41,7 +43,7 @@ template <class T, Device device>
 struct Relu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool computes = false;
+  static constexpr Effort effort = Effort::selection;
   explicit Relu(const Scalars&) {}
 
   RELU_EXT_INLINE bool keep(T input) const { return not_at_most_0(as<X>(input)); }
@@ -54,7 +56,7 @@ template <class T, Device device>
 struct Hardtanh {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool computes = false;
+  static constexpr Effort effort = Effort::selection;
   X below, above;  // the gradient stops at these, ...
   T low, high;     // ... the output at these: the same bounds, rounded as ATen's clamp rounds them
 
@@ -77,7 +79,7 @@ template <class T, Device device>
 struct Threshold {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool computes = false;
+  static constexpr Effort effort = Effort::selection;
   X threshold;
   T value;
 
@@ -97,7 +99,7 @@ template <class T, Device device>
 struct LeakyRelu {
   using X = Compared<T, device>;
   static constexpr bool keeps_bits = true;
-  static constexpr bool computes = true;
+  static constexpr Effort effort = Effort::product;
   Arithmetic<T> slope;
 
   explicit LeakyRelu(const Scalars& scalars) : slope(Arithmetic<T>(scalars[0])) {}
@@ -119,7 +121,7 @@ template <class T>
 struct Elu {
   using X = Arithmetic<T>;
   static constexpr bool keeps_bits = false;
-  static constexpr bool computes = true;
+  static constexpr Effort effort = Effort::exponential;
   X positive, negative, input_scale;
 
   explicit Elu(const Scalars& scalars)
@@ -148,7 +150,7 @@ template <class T>
 struct ReluSquared {
   using X = Arithmetic<T>;
   static constexpr bool keeps_bits = false;
-  static constexpr bool computes = true;
+  static constexpr Effort effort = Effort::product;
 
   explicit ReluSquared(const Scalars&) {}
 

@@ -43,7 +43,7 @@ RELU_EXT_INLINE void fused_loops(Activation act, const Values& values, const std
 // What dropout leaves, and its gradient, in the place of the activation's: of an element that is not kept nothing.
 template <class T>
 struct Dropped {
-  static constexpr bool computes = true;
+  static constexpr Effort effort = Effort::product;
   Arithmetic<T> factor;
 
   RELU_EXT_INLINE T backward(T grad, bool keep) const { return left_of(grad, keep, factor); }
@@ -68,7 +68,7 @@ RELU_EXT_INLINE void drop(const Dropout& dropout, int64_t i, int64_t count, T* o
 }
 
 // body(isa, i, count) for elements begin to begin + count - 1, so many at a time.
-template <int64_t at_once, Isa most = Isa::avx512, class Body>
+template <int64_t at_once, Isa most, class Body>
 void in_chunks(int64_t begin, int64_t count, Body body) {
   vectorised<most>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
     for (int64_t i = begin; i < begin + count; i += at_once) body(isa, i, std::min(at_once, begin + count - i));
@@ -82,10 +82,9 @@ void forward_parts(Activation act, const Fused& work, Bits bits, int64_t begin, 
   std::array<const T*, Parts::scale + Parts::shift> vectors{};
   if constexpr (Parts::scale) vectors[0] = static_cast<const T*>(work.scale);
   if constexpr (Parts::shift) vectors[Parts::scale] = static_cast<const T*>(work.shift);
-  constexpr Isa most = vectors.empty() ? most_of_forward<T, Bits, true> : Isa::avx512;
   PerChannel<T, vectors.size()> channels(work.channels, vectors, begin, end);
   channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
-    in_chunks<Parts::dropout ? drawn_at_once : chunk, most>(
+    in_chunks<Parts::dropout ? drawn_at_once : chunk, most_of<Effort::product, T, Bits>>(
         first, count, [=, &work](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
           constexpr Isa own = decltype(isa)::value;
           const auto own_bits = bits_from(bits, i);
@@ -133,7 +132,7 @@ void backward_parts(Activation act, const FusedBackward& work, double* totals, i
   const auto product = [](auto grad, auto input) RELU_EXT_INLINE_LAMBDA { return grad * input; };
   PerChannel<T, Parts::scale> channels(work.channels, vectors, begin, end);
   channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
-    in_chunks<chunk>(
+    in_chunks<chunk, most_of<Effort::product, T>>(
         first, count, [=, &work, &scale_sums, &shift_sums](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
           constexpr Isa own = decltype(isa)::value;
           alignas(64) T unwanted[2][chunk];

@@ -126,7 +126,7 @@ RELU_EXT_INLINE const Activation& at(const Activation& act, int64_t) {
 template <class T>
 struct Slopes {
   static constexpr bool keeps_bits = true;
-  static constexpr bool computes = true;
+  static constexpr Effort effort = Effort::product;
   const T* slope;
 };
 template <class T>

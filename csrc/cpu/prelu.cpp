@@ -33,7 +33,7 @@ void prelu(const Prelu& work, int64_t begin, int64_t end) {
     slopes_of<T>(work, begin, end).in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
       const auto act = activation(slopes);
       with_bits<decltype(act)>(work.bits ? work.bits + i / 8 : nullptr, [=](auto bits) {
-        vectorised<most_of_forward<T, decltype(bits), true>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+        vectorised<most_of<Effort::product, T, decltype(bits)>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
           forward_loops<decltype(isa)::value>(act, input + i, output + i, bits, 0, count);
         });
       });
@@ -51,14 +51,14 @@ void prelu_backward(const PreluBackward& work, double* sums, int64_t begin, int6
       return parts.in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
         const auto act = activation(slopes);
         const uint8_t* const bits = work.bits + i / 8;
-        vectorised([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+        vectorised<most_of<Effort::product, T>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
           backward_loops<decltype(isa)::value, Kept::bits>(act, grad + i, bits, output + i, 0, count);
         });
       });
     Sums<T> gathered(work.channels, sums);
     parts.in_parts(chunk, [&](auto slopes, int64_t i, int64_t count) {
       const auto act = activation(slopes);
-      vectorised([=, &gathered](auto isa) RELU_EXT_INLINE_LAMBDA {
+      vectorised<most_of<Effort::product, T>>([=, &gathered](auto isa) RELU_EXT_INLINE_LAMBDA {
         constexpr Isa own = decltype(isa)::value;
         const auto term = [](auto grad, auto input)
                               RELU_EXT_INLINE_LAMBDA { return LeakyRelu<T, Device::cpu>::slope_gradient(grad, input); };

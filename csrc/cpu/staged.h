@@ -198,7 +198,7 @@ RELU_EXT_INLINE const T* factors_from(Slopes<T> slopes, int64_t i) {
 // body(act, i, count) for all elements at once, or for the blocks of which there are products.
 template <Isa isa, class Activation, class T, class Body>
 RELU_EXT_INLINE void with_products(Activation act, const T* factor, int64_t begin, int64_t end, Body body) {
-  if constexpr (!Activation::computes || !is_16_bit<T>)
+  if constexpr (Activation::effort == Effort::selection || !is_16_bit<T>)
     return body(act, begin, end - begin);
   else
     for_blocks<64>(begin, end, [=](int64_t i, int count) RELU_EXT_INLINE_LAMBDA {
@@ -218,14 +218,18 @@ void with_bits(uint8_t* bits, Body body) {
   body(NoBits{});
 }
 
-// What runs a forward pass at most; `computes`: not a selection alone. On Zen 4 AVX-512 does one comparison into a mask
-// a cycle, AVX2 two of half the length and without masks: relu with bits takes 0.86 to 0.91 of the time by AVX2, others
-// in 32 and 16 bits 0.91 to 1.03; without bits, in 64 bits and where bfloat16 is computed with it takes more
-// (benchmarks/builds.py).
-template <class T, class Bits, bool computes>
-constexpr Isa most_of_forward =
-    !std::is_same_v<Bits, NoBits> && sizeof(T) <= 4 && !(std::is_same_v<T, bfloat16> && computes) ? Isa::avx2
-                                                                                                  : Isa::avx512;
+// What a kernel runs by at most: AVX-512 where there is much to be done for each byte. What waits for memory gains
+// nothing by it, and loses where an output lies 64 bytes further in its page than the input, as where glibc places one
+// tensor behind another: a load of a whole line then waits for the store before it, whose address has the same lowest
+// bits. On Zen 4 (benchmarks/builds.py --apart), 128K elements, AVX2 takes 0.63 to 0.93 of the time there and 0.97 to
+// 1.13 elsewhere. Where 16-bit floats are computed with it takes 1.0 to 1.9; in float16 with bits 0.86 to 1.0, as a
+// comparison into a mask is slow.
+template <Effort effort, class T, class Bits = NoBits>
+constexpr Isa most_of = effort == Effort::exponential ||
+                                (effort == Effort::product && is_16_bit<T> &&
+                                 (std::is_same_v<T, bfloat16> || std::is_same_v<Bits, NoBits>))
+                            ? Isa::avx512
+                            : Isa::avx2;
 
 // Of an activation that keeps bits and does not compute, or not in 16 bits. input: see forward_loop.
 template <Isa isa, class Activation, class Input, class T>
