@@ -289,6 +289,20 @@ MUTANTS = [
         By("test_fused.py", "on_more_threads"),
     ),
     Mutant(
+        "runs have the values of the first channel",
+        CHANNELS,
+        "widen(of.vectors[k][run.channel])",
+        "widen(of.vectors[k][0])",
+        FUSED_LAYOUTS,
+    ),
+    Mutant(
+        "runs begin within a word of bits",
+        CHANNELS,
+        "whole_words ? left :",
+        "channels.inner >= few ? left :",
+        FUSED_LAYOUTS,
+    ),
+    Mutant(
         "two parts share a byte of bits", CHANNELS, "count -= count % alignment;", "count -= count % 4;", FUSED_LAYOUTS
     ),
     Mutant(

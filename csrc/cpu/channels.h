@@ -11,12 +11,10 @@ namespace relu_ext::cpu {
 
 // Elements that go through one loop and then the next: in the first-level cache all the while.
 constexpr int64_t chunk = 1024;
-// Where runs of a channel are shorter, values are spread over chunks. Without that scale_shift_relu at 14 x 14
-// takes 1.3 to 1.4 of the time in bfloat16, 0.9 to 1.3 in float32 (benchmarks/builds.py --inner 196, few = 0).
+// Where runs of a channel are shorter, and not whole words of bits, values are spread over chunks. Without that
+// scale_shift_relu at 14 x 14 takes 1.3 to 1.4 of the time in bfloat16, 0.9 to 1.3 in float32 (benchmarks/builds.py
+// --inner 196, few = 0).
 constexpr int64_t few = 512;
-// The same for runs of whole words of bits. At 16 x 16 scale_shift_relu takes 0.5 to 0.6 of the time so, in all dtypes;
-// at 128 elements its backward pass 1.45 in 16 bits (--inner 256 and 128).
-constexpr int64_t few_of_words = 256;
 
 // The channel of element i, and how many elements from i on are of it; where inner is 1, of as many channels.
 struct Run {
@@ -63,6 +61,31 @@ template <size_t k, class T, size_t number, class In>
 RELU_EXT_INLINE Arithmetic<T> value(const OfEach<T, number>&, const In& in, int64_t j) {
   return in[k][j];
 }
+// The values of runs of one channel each.
+template <class T, size_t number>
+struct OfRuns {
+  Channels channels;
+  std::array<const T*, number> vectors;
+};
+
+// body(values, i, count) for elements of one channel, or with values of each.
+template <class T, class Body>
+RELU_EXT_INLINE void for_values(const OfAll<T, 0>& none, int64_t i, int64_t count, Body body) {
+  body(none, i, count);
+}
+template <class T, size_t number, class Body>
+RELU_EXT_INLINE void for_values(const OfEach<T, number>& of, int64_t i, int64_t count, Body body) {
+  body(of, i, count);
+}
+template <class T, size_t number, class Body>
+RELU_EXT_INLINE void for_values(const OfRuns<T, number>& of, int64_t i, int64_t count, Body body) {
+  for_runs(of.channels, i, i + count, [=](const Run& run, int64_t i, int64_t length) RELU_EXT_INLINE_LAMBDA {
+    OfAll<T, number> all;
+    for (size_t k = 0; k < number; ++k) all.values[k] = widen(of.vectors[k][run.channel]);
+    body(all, i, length);
+  });
+}
+
 // What `multiply` takes.
 template <class T>
 RELU_EXT_INLINE Arithmetic<T> factor_of(const OfAll<T, 1>& of) {
@@ -118,11 +141,6 @@ class PerChannel {
     for (size_t k = 0; k < number; ++k) of.arrays[k] = several[k];
     return of;
   }
-  OfAll<T, number> of_channel(int64_t channel) const {
-    OfAll<T, number> of;
-    for (size_t k = 0; k < number; ++k) of.values[k] = widen(vectors[k][channel]);
-    return of;
-  }
 
  public:
   // Where channels are next to each other, the values of this range are there from the first on, as often as it takes
@@ -139,8 +157,8 @@ class PerChannel {
     }
   }
 
-  // body(values, i, count): the range in parts of no more than `most` elements, each at a multiple of 64; those with
-  // values of more than one channel are no longer than a chunk, and where runs are not short as few as there can be.
+  // body(values, i, count), with values for for_values: the range in parts of no more than `most` elements, each at a
+  // multiple of 64, as are the runs in it; those with values of each element are no longer than a chunk.
   template <class Body>
   void in_parts(int64_t most, Body body) {
     for (int64_t i = begin; i < end;) i += part(i, most, body);
@@ -159,16 +177,15 @@ class PerChannel {
       const int64_t count = std::min(chunk, left);
       body(from_repeated(i), i, count);
       return count;
-    } else if (channels.inner < (channels.inner % alignment ? few : few_of_words)) {
+    } else if (const bool whole_words = channels.inner % alignment == 0; !whole_words && channels.inner < few) {
       const int64_t count = std::min(chunk, left);
       body(spread_over(i, count), i, count);
       return count;
     } else {
-      const Run run = run_at(channels, i);
-      int64_t count = std::min({run.length, left, most});
+      int64_t count = std::min({whole_words ? left : run_at(channels, i).length, left, most});
       if (count >= alignment || count == left) {
         if (count < left) count -= count % alignment;
-        body(of_channel(run.channel), i, count);
+        body(OfRuns<T, number>{channels, vectors}, i, count);
       } else {
         count = std::min(alignment, left);
         body(spread_over(i, count), i, count);

@@ -87,11 +87,12 @@ void forward_parts(Activation act, const Fused& work, Bits bits, int64_t begin, 
     in_chunks<Parts::dropout ? drawn_at_once : chunk, most_of<Effort::product, T, Bits>>(
         first, count, [=, &work](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
           constexpr Isa own = decltype(isa)::value;
-          const auto own_bits = bits_from(bits, i);
-          std::array<const T*, 1 + Parts::residual> inputs{input + i};
-          if constexpr (Parts::residual) inputs[1] = residual + i;
-          fused_loops<own, Parts>(act, values, joined(values.arrays, inputs), output + i, own_bits, count);
-          if constexpr (Parts::dropout) drop<own>(work.dropout, i, count, output + i, own_bits);
+          for_values(values, i, count, [=](auto values, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
+            std::array<const T*, 1 + Parts::residual> inputs{input + i};
+            if constexpr (Parts::residual) inputs[1] = residual + i;
+            fused_loops<own, Parts>(act, values, joined(values.arrays, inputs), output + i, bits_from(bits, i), count);
+          });
+          if constexpr (Parts::dropout) drop<own>(work.dropout, i, count, output + i, bits_from(bits, i));
         });
   });
 }
@@ -137,11 +138,14 @@ void backward_parts(Activation act, const FusedBackward& work, double* totals, i
           constexpr Isa own = decltype(isa)::value;
           alignas(64) T unwanted[2][chunk];
           T* const masked = to_masked ? to_masked + i : unwanted[0];
+          T* const scaled = grad_input ? grad_input + i : unwanted[1];
           const auto bits = static_cast<const uint8_t*>(work.kept) + i / 8;
           if constexpr (Parts::dropout)
             backward_loops<own, Kept::bits>(Dropped<T>{Arithmetic<T>(work.factor)}, grad + i, bits, masked, 0, count);
           else if constexpr (Parts::scale)
-            backward_scaled<own>(act, values, grad + i, bits, masked, grad_input ? grad_input + i : unwanted[1], count);
+            for_values(values, i, count, [=](auto scale, int64_t k, int64_t count) RELU_EXT_INLINE_LAMBDA {
+              backward_scaled<own>(act, scale, grad + k, bits + (k - i) / 8, masked + (k - i), scaled + (k - i), count);
+            });
           else if constexpr (Parts::kept == Kept::bits)
             backward_loops<own, Kept::bits>(act, grad + i, bits, masked, 0, count);
           else

@@ -31,10 +31,12 @@ void prelu(const Prelu& work, int64_t begin, int64_t end) {
     const auto input = static_cast<const T*>(work.input);
     const auto output = static_cast<T*>(work.output);
     slopes_of<T>(work, begin, end).in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
-      const auto act = activation(slopes);
-      with_bits<decltype(act)>(work.bits ? work.bits + i / 8 : nullptr, [=](auto bits) {
+      with_bits<LeakyRelu<T, Device::cpu>>(work.bits, [=](auto bits) {
         vectorised<most_of<Effort::product, T, decltype(bits)>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
-          forward_loops<decltype(isa)::value>(act, input + i, output + i, bits, 0, count);
+          for_values(slopes, i, count, [=](auto slopes, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
+            forward_loops<decltype(isa)::value>(activation(slopes), input + i, output + i, bits_from(bits, i), 0,
+                                                count);
+          });
         });
       });
     });
@@ -49,21 +51,24 @@ void prelu_backward(const PreluBackward& work, double* sums, int64_t begin, int6
     auto parts = slopes_of<T>(work, begin, end);
     if (work.bits)
       return parts.in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
-        const auto act = activation(slopes);
-        const uint8_t* const bits = work.bits + i / 8;
-        vectorised<most_of<Effort::product, T>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
-          backward_loops<decltype(isa)::value, Kept::bits>(act, grad + i, bits, output + i, 0, count);
+        vectorised<most_of<Effort::product, T>>([=, bits = work.bits](auto isa) RELU_EXT_INLINE_LAMBDA {
+          for_values(slopes, i, count, [=](auto slopes, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
+            backward_loops<decltype(isa)::value, Kept::bits>(activation(slopes), grad + i, bits + i / 8, output + i, 0,
+                                                             count);
+          });
         });
       });
     Sums<T> gathered(work.channels, sums);
     parts.in_parts(chunk, [&](auto slopes, int64_t i, int64_t count) {
-      const auto act = activation(slopes);
       vectorised<most_of<Effort::product, T>>([=, &gathered](auto isa) RELU_EXT_INLINE_LAMBDA {
         constexpr Isa own = decltype(isa)::value;
         const auto term = [](auto grad, auto input)
                               RELU_EXT_INLINE_LAMBDA { return LeakyRelu<T, Device::cpu>::slope_gradient(grad, input); };
         if (gathered) gathered.template gather<own>(i, count, term, grad + i, input + i);
-        if (output) backward_by_value_loops<own>(act, grad + i, input + i, output + i, count);
+        if (!output) return;
+        for_values(slopes, i, count, [=](auto slopes, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
+          backward_by_value_loops<own>(activation(slopes), grad + i, input + i, output + i, count);
+        });
       });
     });
   });
