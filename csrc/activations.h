@@ -117,7 +117,8 @@ struct LeakyRelu {
 };
 
 // input > 0 ? scale * input : scale * alpha * (exp(input_scale * input) - 1); scalars: alpha, scale, input_scale >= 0.
-template <class T>
+// Not scaling: input_scale is 1, as it is but for celu.
+template <class T, bool scaling = true>
 struct Elu {
   using X = Arithmetic<T>;
   static constexpr bool keeps_bits = false;
@@ -127,14 +128,15 @@ struct Elu {
   explicit Elu(const Scalars& scalars)
       : positive(X(scalars[1])), negative(X(scalars[0]) * X(scalars[1])), input_scale(X(scalars[2])) {}
 
+  RELU_EXT_INLINE X scaled(X value) const { return scaling ? value * input_scale : value; }
   RELU_EXT_INLINE X forward(X input) const {
-    return select(input < 0, expm1_nonpositive(input * input_scale) * negative, input * positive);
+    return select_product(input < 0, negative, expm1_nonpositive(scaled(input)), positive, input);
   }
   // ATen's: from the output the slope is that of a value already rounded, so it is worse in the far tail.
   template <Kept kept>
   RELU_EXT_INLINE X backward(X grad, X value) const {
-    const X below = kept == Kept::input ? exp_nonpositive(value * input_scale) * negative : value + negative;
-    return select(value <= 0, grad * (below * input_scale), grad * positive);
+    const X below = kept == Kept::input ? exp_nonpositive(scaled(value)) * negative : value + negative;
+    return grad * select(value <= 0, scaled(below), positive);
   }
 };
 

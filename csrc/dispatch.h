@@ -27,7 +27,11 @@ auto with_activation(Activation activation, const Scalars& scalars, Body body) {
     case Activation::hardtanh: return body(Hardtanh<T, device>(scalars));
     case Activation::threshold: return body(Threshold<T, device>(scalars));
     case Activation::leaky_relu: return body(LeakyRelu<T, device>(scalars));
-    case Activation::elu: return body(Elu<T>(scalars));
+    case Activation::elu:
+      // Two products less: 0.8 to 0.9 of the time on the CPU, which they keep waiting.
+      if constexpr (device == Device::cpu)
+        if (scalars[2] == 1) return body(Elu<T, false>(scalars));
+      return body(Elu<T>(scalars));
     case Activation::relu_squared: return body(ReluSquared<T>(scalars));
   }
   __builtin_unreachable();

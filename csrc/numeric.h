@@ -158,6 +158,18 @@ RELU_EXT_INLINE T select(bool keep, T a, T b) {
   return bit_cast<T>(keep ? bits_a : bits_b);
 }
 
+// keep ? a * x : b * y. elu takes 0.9 of the time on the CPU with one product; on CUDA, which waits for memory, that
+// would take registers that float16 does not have.
+template <class X>
+RELU_EXT_INLINE X select_product(bool keep, X a, X x, X b, X y) {
+#ifdef __CUDA_ARCH__
+  return select(keep, a * x, b * y);
+#else
+  const X value = select(keep, x, y);
+  return value * select(keep, a, b);
+#endif
+}
+
 // keep ? value : 0, by a mask. Of a selection g++ makes a load, where keep is true alone, of what value is computed
 // from: with that from memory just stored, reglu's backward took 1.2 times as long in 16 bits.
 template <class T>

@@ -192,7 +192,14 @@ MUTANTS = [
         PATTERNS,
     ),
     Mutant(
-        "elu's kink belongs to the other side", MATHS, "select(value <= 0, grad *", "select(value < 0, grad *", PATTERNS
+        "elu's kink belongs to the other side", MATHS, "grad * select(value <= 0,", "grad * select(value < 0,", PATTERNS
+    ),
+    Mutant(
+        "celu does not scale its input",
+        "csrc/dispatch.h",
+        "if (scalars[2] == 1)",
+        "if (scalars[2] > 0)",
+        By("test_values.py", "celu"),
     ),
     Mutant(
         "relu_squared's gradient is infinity times 0",

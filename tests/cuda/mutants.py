@@ -170,8 +170,8 @@ MUTANTS = [
     Mutant(
         "the exponential is elu's slope twice",
         MATHS,
-        "select(value <= 0, grad * (below * input_scale),",
-        "select(value <= 0, grad * (below * input_scale * input_scale),",
+        "select(value <= 0, scaled(below), positive)",
+        "select(value <= 0, scaled(scaled(below)), positive)",
     ),
     Mutant("relu_squared's gradient is not doubled", MATHS, "grad * root * 2;", "grad * root;"),
     Mutant("reglu's mask is dropped", MATHS, "return masked(!(gate <= 0), X(grad * up));", "return grad * up;"),

@@ -36,6 +36,7 @@ constexpr Elementwise elementwise[] = {
     {"leaky_relu", Activation::leaky_relu, {0.01}, Kept::bits},
     {"elu", Activation::elu, {1.5, 1, 1}, Kept::input},
     {"elu_", Activation::elu, {1.5, 1, 1}, Kept::output},
+    {"celu", Activation::elu, {1.5, 1, 2 / 3.}, Kept::input},
     {"relu_squared", Activation::relu_squared, {}, Kept::output},
     {"relu_squared_of_input", Activation::relu_squared, {}, Kept::input},
 };
