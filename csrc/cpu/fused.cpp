@@ -84,7 +84,7 @@ void forward_parts(Activation act, const Fused& work, Bits bits, int64_t begin, 
   if constexpr (Parts::shift) vectors[Parts::scale] = static_cast<const T*>(work.shift);
   PerChannel<T, vectors.size()> channels(work.channels, vectors, begin, end);
   channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
-    in_chunks<Parts::dropout ? drawn_at_once : chunk, most_of<Effort::product, T, Bits>>(
+    in_chunks<Parts::dropout ? drawn_at_once : chunk, most_of<Effort::product, T, Bits>()>(
         first, count, [=, &work](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
           constexpr Isa own = decltype(isa)::value;
           for_values(values, i, count, [=](auto values, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
@@ -133,7 +133,7 @@ void backward_parts(Activation act, const FusedBackward& work, double* totals, i
   const auto product = [](auto grad, auto input) RELU_EXT_INLINE_LAMBDA { return grad * input; };
   PerChannel<T, Parts::scale> channels(work.channels, vectors, begin, end);
   channels.in_parts(end - begin, [&](auto values, int64_t first, int64_t count) {
-    in_chunks<chunk, most_of<Effort::product, T>>(
+    in_chunks<chunk, most_of<Effort::product, T>()>(
         first, count, [=, &work, &scale_sums, &shift_sums](auto isa, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
           constexpr Isa own = decltype(isa)::value;
           alignas(64) T unwanted[2][chunk];

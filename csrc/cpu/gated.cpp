@@ -68,7 +68,7 @@ RELU_EXT_INLINE void gradients(const GatedBackward& work, int64_t row, int64_t b
 void gated(const Gated& work, int64_t begin, int64_t end) {
   with_dtype(work.dtype, [&](auto element) {
     using T = decltype(element);
-    vectorised<most_of<Effort::product, T>>([&](auto isa) RELU_EXT_INLINE_LAMBDA {
+    vectorised<most_of<Effort::product, T>()>([&](auto isa) RELU_EXT_INLINE_LAMBDA {
       for_rows(work.columns, begin, end, [&](int64_t row, int64_t begin, int64_t end) RELU_EXT_INLINE_LAMBDA {
         const std::array inputs{row_of<T>(work.gate, row), row_of<T>(work.up, row)};
         staged<decltype(isa)::value>(inputs, std::array{row_of<T>(work.output, row)}, begin, end,
@@ -82,7 +82,7 @@ void gated(const Gated& work, int64_t begin, int64_t end) {
 void gated_backward(const GatedBackward& work, int64_t begin, int64_t end) {
   with_dtype(work.dtype, [&](auto element) {
     using T = decltype(element);
-    vectorised<most_of<Effort::product, T>>([&](auto isa) RELU_EXT_INLINE_LAMBDA {
+    vectorised<most_of<Effort::product, T>()>([&](auto isa) RELU_EXT_INLINE_LAMBDA {
       for_rows(work.columns, begin, end, [&](int64_t row, int64_t begin, int64_t end) RELU_EXT_INLINE_LAMBDA {
         gradients<decltype(isa)::value, T>(work, row, begin, end);
       });

@@ -27,7 +27,7 @@ void forward(const Forward& work, int64_t begin, int64_t end) {
     const auto output = static_cast<T*>(work.output);
     using Activation = decltype(act);
     with_bits<Activation>(work.bits, [=](auto bits) {
-      vectorised<most_of<Activation::effort, T, decltype(bits)>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+      vectorised<most_of<Activation::effort, T, decltype(bits)>()>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
         forward_loops<decltype(isa)::value>(act, input, output, bits, begin, end);
       });
     });
@@ -42,7 +42,7 @@ void backward(const Backward& work, int64_t begin, int64_t end) {
       const auto grad = static_cast<const T*>(work.grad);
       const auto kept = static_cast<const std::conditional_t<kept_as == Kept::bits, uint8_t, T>*>(work.kept);
       const auto output = static_cast<T*>(work.output);
-      vectorised<most_of<decltype(act)::effort, T>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+      vectorised<most_of<decltype(act)::effort, T>()>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
         backward_loops<decltype(isa)::value, kept_as>(act, grad, kept, output, begin, end);
       });
     });

@@ -32,7 +32,7 @@ void prelu(const Prelu& work, int64_t begin, int64_t end) {
     const auto output = static_cast<T*>(work.output);
     slopes_of<T>(work, begin, end).in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
       with_bits<LeakyRelu<T, Device::cpu>>(work.bits, [=](auto bits) {
-        vectorised<most_of<Effort::product, T, decltype(bits)>>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
+        vectorised<most_of<Effort::product, T, decltype(bits)>()>([=](auto isa) RELU_EXT_INLINE_LAMBDA {
           for_values(slopes, i, count, [=](auto slopes, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
             forward_loops<decltype(isa)::value>(activation(slopes), input + i, output + i, bits_from(bits, i), 0,
                                                 count);
@@ -51,7 +51,7 @@ void prelu_backward(const PreluBackward& work, double* sums, int64_t begin, int6
     auto parts = slopes_of<T>(work, begin, end);
     if (work.bits)
       return parts.in_parts(end - begin, [&](auto slopes, int64_t i, int64_t count) {
-        vectorised<most_of<Effort::product, T>>([=, bits = work.bits](auto isa) RELU_EXT_INLINE_LAMBDA {
+        vectorised<most_of<Effort::product, T>()>([=, bits = work.bits](auto isa) RELU_EXT_INLINE_LAMBDA {
           for_values(slopes, i, count, [=](auto slopes, int64_t i, int64_t count) RELU_EXT_INLINE_LAMBDA {
             backward_loops<decltype(isa)::value, Kept::bits>(activation(slopes), grad + i, bits + i / 8, output + i, 0,
                                                              count);
@@ -60,7 +60,7 @@ void prelu_backward(const PreluBackward& work, double* sums, int64_t begin, int6
       });
     Sums<T> gathered(work.channels, sums);
     parts.in_parts(chunk, [&](auto slopes, int64_t i, int64_t count) {
-      vectorised<most_of<Effort::product, T>>([=, &gathered](auto isa) RELU_EXT_INLINE_LAMBDA {
+      vectorised<most_of<Effort::product, T>()>([=, &gathered](auto isa) RELU_EXT_INLINE_LAMBDA {
         constexpr Isa own = decltype(isa)::value;
         const auto term = [](auto grad, auto input)
                               RELU_EXT_INLINE_LAMBDA { return LeakyRelu<T, Device::cpu>::slope_gradient(grad, input); };

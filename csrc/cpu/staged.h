@@ -225,11 +225,11 @@ void with_bits(uint8_t* bits, Body body) {
 // 1.13 elsewhere. Where 16-bit floats are computed with it takes 1.0 to 1.9; in float16 with bits 0.86 to 1.0, as a
 // comparison into a mask is slow.
 template <Effort effort, class T, class Bits = NoBits>
-constexpr Isa most_of = effort == Effort::exponential ||
-                                (effort == Effort::product && is_16_bit<T> &&
-                                 (std::is_same_v<T, bfloat16> || std::is_same_v<Bits, NoBits>))
-                            ? Isa::avx512
-                            : Isa::avx2;
+constexpr Isa most_of() {
+  if (effort == Effort::exponential) return Isa::avx512;
+  const bool slow_in_masks = std::is_same_v<T, half> && !std::is_same_v<Bits, NoBits>;
+  return effort == Effort::product && is_16_bit<T> && !slow_in_masks ? Isa::avx512 : Isa::avx2;
+}
 
 // Of an activation that keeps bits and does not compute, or not in 16 bits. input: see forward_loop.
 template <Isa isa, class Activation, class Input, class T>
