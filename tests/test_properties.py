@@ -43,7 +43,7 @@ from strategies import (
     views,
 )
 from test_fused import ROWS as FUSED
-from test_fused import along, assert_sums, kernels_take, linear, multiplied_and_added, scaled
+from test_fused import along, assert_sums, kernels_take, linear, multiplied_and_added
 from test_layouts import strides_that_matter
 from test_two_tensors import gated
 from test_values import ALLOWED, assert_near, exponential_gradients
@@ -357,12 +357,13 @@ def fused_calls(draw):
 
 
 def assert_fused_output(row, ours, inputs, arguments):
-    """16-bit types are computed in float32, where products are exact; whether others are rounded hangs on the CPU."""
-    if row.has_scale and ours.dtype.itemsize == 2:
-        return assert_same(ours, scaled(*(x.float() for x in inputs), **arguments).to(ours.dtype))
-    theirs = row.theirs(*inputs, **arguments)
+    """16-bit types are computed in float32, where products are exact unless they are infinite; whether others are
+    rounded hangs on the CPU."""
+    in_float32 = row.has_scale and ours.dtype.itemsize == 2
+    inputs = [x.float() if in_float32 else x for x in inputs]
+    theirs = row.theirs(*inputs, **arguments).to(ours.dtype)
     if not row.rounds_twice:
-        fused = multiplied_and_added(*inputs, **arguments)
+        fused = multiplied_and_added(*inputs, **arguments).to(ours.dtype)
         theirs = torch.where(same(ours, fused), fused, theirs)
     assert_same(ours, theirs)
 
@@ -387,6 +388,8 @@ def test_fused(operands, where):
             assert_fused_output(row, found.output, inputs, arguments)
     if exact or not by_kernel:
         return assert_same_gradients(found, expected)
+    if found.node is None:  # nothing has looked at grad, whose shape may be any
+        return
     assert_fused_gradients(row, found, inputs, grad.to(inputs[0].dtype), dim, with_sums=not where.watched)
 
 
