@@ -221,7 +221,7 @@ void with_bits(uint8_t* bits, Body body) {
 // What a kernel runs by at most: AVX-512 where there is much to be done for each byte. What waits for memory gains
 // nothing by it, and loses where an output lies 64 bytes further in its page than the input, as where glibc places one
 // tensor behind another: a load of a whole line then waits for the store before it, whose address has the same lowest
-// bits. On Zen 4 (benchmarks/builds.py --apart), 128K elements, AVX2 takes 0.63 to 0.93 of the time there and 0.97 to
+// bits. On Zen 4 (benchmarks/builds.py --apart), 128K elements, AVX2 takes 0.63 to 0.98 of the time there and 0.97 to
 // 1.13 elsewhere (relu_squared's backward pass in float64 1.05 and 1.12). Where 16-bit floats are computed with it
 // takes 1.0 to 1.9; in float16 with bits 0.86 to 1.0, as a comparison into a mask is slow.
 template <Effort effort, class T, class Bits = NoBits>
